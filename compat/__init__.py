@@ -1,0 +1,1 @@
+"""What is installed, whether a patch fits it, and what became of each patch."""

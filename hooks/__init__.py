@@ -1,0 +1,1 @@
+"""How weightlift gets into a process, and how flags, environment and YAML become settings."""

@@ -1,0 +1,115 @@
+"""Finds the engines of this process and has each module patched as soon as it is imported."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import threading
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import wrapt
+
+from weightlift.compat.context import Context, provide
+from weightlift.compat.engines import Engine, find_engine
+from weightlift.compat.patch import Handle, Outcome, Patch, Result, put_on, take_off
+from weightlift.hooks import options
+from weightlift.patches import INTEGRATIONS, Integration
+
+logger = logging.getLogger("weightlift")
+
+
+@dataclass
+class _State:
+    results: dict[str, Result] = field(default_factory=dict)
+    handles: list[Handle] = field(default_factory=list)
+    hooked: set[str] = field(default_factory=set)
+    is_installed: bool = False
+
+
+_state = _State()
+_lock = threading.RLock()
+
+
+def install() -> None:
+    """Patch the installed engines, now or when they are imported. Once is enough, twice does no harm.
+
+    Called by the start-up hook and by the engines' plugin entry points. An engine that is not
+    supported stays stock, and one log line says so.
+    """
+    with _lock:
+        if _state.is_installed:
+            return
+        _state.is_installed = True
+        for integration in INTEGRATIONS:
+            _install(integration)
+
+
+def uninstall() -> None:
+    """Take every patch off; modules imported later stay stock until :func:`install`."""
+    with _lock:
+        take_off(_state.handles)
+        _state.handles.clear()
+        _state.results.clear()
+        _state.is_installed = False
+
+
+def results() -> dict[str, Result]:
+    """What became of each patched module so far, by ``engine`` or ``engine module``."""
+    return dict(_state.results)
+
+
+def check(integration: Integration, engine: Engine | None) -> Result:
+    """Whether this integration may patch this engine: WAITING if so."""
+    if engine is None:
+        return Result(Outcome.NOT_INSTALLED)
+    if os.environ.get("WEIGHTLIFT") == "0":
+        return Result(Outcome.DISABLED, "WEIGHTLIFT=0")
+    if integration.selected_version(engine, untested=options.settings().untested_versions):
+        return Result(Outcome.WAITING)
+    return Result(
+        Outcome.VERSION,
+        f"{engine.name} {engine.version or 'of unknown version'} is not in the tested range "
+        f"{integration.versions}; WEIGHTLIFT_UNTESTED_VERSIONS=1 patches it all the same",
+    )
+
+
+def _install(integration: Integration) -> None:
+    engine = find_engine(integration.engine)
+    result = check(integration, engine)
+    _state.results[integration.engine] = result
+    if engine is None or result.outcome is not Outcome.WAITING:
+        if engine is not None:
+            logger.warning("weightlift: %s runs stock: %s", engine.name, result.detail)
+        return
+    provide(Context(engine, options.OPTIONS, options.settings))
+    for module, patch_file in integration.patch_files.items():
+        key = f"{engine.name} {module}"
+        _state.results[key] = Result(Outcome.WAITING, "not imported yet")
+        if module not in _state.hooked or module in importlib.sys.modules:
+            _state.hooked.add(module)
+            hook = functools.partial(_patch, integration, engine, patch_file, key)
+            wrapt.register_post_import_hook(hook, module)
+
+
+def _patch(
+    integration: Integration, engine: Engine, patch_file: str, key: str, module: ModuleType
+) -> None:
+    """Runs when a target module has been imported. An error here would fail the engine's import."""
+    with _lock:
+        if not _state.is_installed:
+            return
+        try:
+            version = integration.selected_version(engine, untested=True)
+            patches: tuple[Patch, ...] = importlib.import_module(patch_file).PATCHES
+            fitting = [patch for patch in patches if version and patch.fits(version)]
+            result, handles = put_on(fitting, module)
+        except Exception as error:
+            logger.exception("weightlift: cannot patch %s; the engine stays stock", module.__name__)
+            result, handles = Result(Outcome.FAILED, repr(error)), []
+        _state.results[key] = result
+        _state.handles += handles
+        if result.outcome is not Outcome.APPLIED:
+            logger.warning("weightlift: %s stays stock: %s", module.__name__, result.detail)

@@ -1,0 +1,132 @@
+"""Every option, once. From here come the engines' flags, the variables, the YAML keys and the docs.
+
+Precedence: flag, then environment, then the YAML file that ``WEIGHTLIFT_CONFIG`` names, then the
+default. A flag becomes the environment variable, for engines spawn the processes that load.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from weightlift.compat.context import Option
+
+if TYPE_CHECKING:
+    from weightlift.loading.settings import Settings
+
+CONFIG_ENV = "WEIGHTLIFT_CONFIG"
+MOST_READERS = 256
+MOST_STAGING_MIB = 1 << 20
+
+
+def _switch(text: str) -> bool:
+    meaning = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+    if text.lower() not in meaning:
+        raise ValueError("must be 1, true, on, 0, false or off")
+    return meaning[text.lower()]
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= most:
+        raise ValueError(f"must be a whole number from {least} to {most}")
+    return number
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        name="multithread_load",
+        parse=_switch,
+        env="WEIGHTLIFT_MULTITHREAD_LOAD",
+        help="Load weights with weightlift's reader threads. On once weightlift is installed; given "
+        "on purpose, a load that must fall back to the engine's own loader is an error.",
+        flags={"sglang": ("--enable-multithread-load", "--disable-multithread-load")},
+        is_switch=True,
+    ),
+    Option(
+        name="num_load_threads",
+        parse=lambda text: _whole(text, 1, MOST_READERS),
+        env="WEIGHTLIFT_NUM_LOAD_THREADS",
+        help="Reader threads of each process that loads. Default: one a usable core, 12 at most.",
+        flags={"sglang": ("--num-load-threads",)},
+        metavar="N",
+    ),
+    Option(
+        name="staging_mib",
+        parse=lambda text: _whole(text, 8, MOST_STAGING_MIB),
+        env="WEIGHTLIFT_STAGING_MIB",
+        help="Most host memory in MiB for bytes in flight, a process. Default: 256.",
+        metavar="MIB",
+    ),
+    Option(
+        name="report",
+        parse=str,
+        env="WEIGHTLIFT_REPORT",
+        help="Append one JSON line a load to this file.",
+        metavar="FILE",
+    ),
+    Option(
+        name="untested_versions",
+        parse=_switch,
+        env="WEIGHTLIFT_UNTESTED_VERSIONS",
+        help="Patch engine versions that this weightlift was not tested with.",
+        is_switch=True,
+    ),
+)
+
+
+class OptionError(ValueError):
+    """A setting that makes no sense; the message says where it was given and what is allowed."""
+
+
+def settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings that hold now.
+
+    Args:
+        environ: The environment; that of the process if left out.
+
+    Raises:
+        OptionError: A variable or a YAML key makes no sense, or the YAML file cannot be read.
+    """
+    # Imported here: this module is imported as soon as an engine is, the core only for a load.
+    from weightlift.loading.settings import Settings
+
+    environ = os.environ if environ is None else environ
+    given = _from_yaml(environ.get(CONFIG_ENV, ""))
+    for option in OPTIONS:
+        if environ.get(option.env):
+            given[option.name] = _parse(option, environ[option.env], option.env)
+    assert given.keys() <= {item.name for item in fields(Settings)}
+    return Settings(**given, asked=frozenset(given))
+
+
+def _from_yaml(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    import yaml
+
+    try:
+        with open(path) as file:
+            content = yaml.safe_load(file) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise OptionError(f"{CONFIG_ENV}={path}: cannot read it: {error}") from error
+    known = {option.name: option for option in OPTIONS}
+    if not isinstance(content, dict) or not content.keys() <= known.keys():
+        keys = content.keys() if isinstance(content, dict) else [content]
+        unknown = ", ".join(sorted(str(key) for key in keys if key not in known))
+        raise OptionError(f"{path}: unknown key {unknown}; the keys are {', '.join(known)}")
+    return {
+        name: _parse(known[name], str(value), f"{path}: {name}") for name, value in content.items()
+    }
+
+
+def _parse(option: Option, text: str, where: str) -> Any:
+    try:
+        return option.parse(text)
+    except ValueError as error:
+        raise OptionError(f"{where}={text!r} {error}") from error

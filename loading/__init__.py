@@ -1,0 +1,1 @@
+"""The core: bytes of safetensors files into tensors, fast. It knows no engine."""

@@ -1,0 +1,92 @@
+"""What a load did: one log line, and one JSON line for whoever keeps them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+
+logger = logging.getLogger("weightlift")
+
+WEIGHTLIFT = "weightlift"
+STOCK = "stock"
+
+
+@dataclass
+class LoadReport:
+    """One load of one rank.
+
+    Attributes:
+        engine: Name of the engine, such as ``sglang``.
+        version: Its version.
+        phase: ``launch`` or ``update``.
+        model_path: Where the checkpoint is.
+        rank: Rank of this process among those that load the model.
+        architecture: Class of the model.
+        mode: ``weightlift``, or ``stock`` if the engine's own loader did it.
+        fallback_reason: Why it was ``stock``.
+        tensors: Tensors that the engine was offered.
+        planned: Copies that the readers made.
+        materialised: Tensors read at once, for small copies and for operations that need data.
+        bytes_needed: Bytes that this rank's parameters are made from.
+        bytes_read: Bytes that came from the files, headers included.
+        seconds: From the start of the load to its last byte in place.
+    """
+
+    engine: str = ""
+    version: str = ""
+    phase: str = ""
+    model_path: str = ""
+    rank: int = 0
+    architecture: str = ""
+    mode: str = WEIGHTLIFT
+    fallback_reason: str = ""
+    tensors: int = 0
+    planned: int = 0
+    materialised: int = 0
+    bytes_needed: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter, repr=False)
+
+    def fall_back(self, reason: str) -> None:
+        """Note that the engine's own loader takes over, and why."""
+        self.mode, self.fallback_reason = STOCK, reason
+        self.tensors = self.planned = self.materialised = self.bytes_needed = self.bytes_read = 0
+        self.seconds = 0.0
+
+    def finish(self, path: str) -> None:
+        """Log the load, and append it as JSON to the file at ``path`` unless that is empty.
+
+        A report that cannot be written is worth a warning, never a failed load.
+        """
+        self.seconds = self.seconds or time.perf_counter() - self.started
+        logger.info("weightlift: %s", self)
+        if not path:
+            return
+        facts = dataclasses.asdict(self)
+        del facts["started"]
+        line = (json.dumps(facts) + "\n").encode()
+        try:
+            # One write in append mode: lines of several ranks never mix.
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(descriptor, line)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            logger.warning("weightlift: cannot write the report to %s: %s", path, error)
+
+    def __str__(self) -> str:
+        subject = f"{self.phase or 'load'} of {self.architecture or 'weights'} rank {self.rank}"
+        if self.mode == STOCK:
+            return f"{subject} by the engine's own loader: {self.fallback_reason}"
+        rate = self.bytes_needed / max(self.seconds, 1e-9) / 1e9
+        return (
+            f"{subject}: {self.bytes_needed / 1e9:.2f} GB in {self.seconds:.2f} s "
+            f"({rate:.1f} GB/s; {self.tensors} tensors, {self.planned} copies planned, "
+            f"{self.materialised} read at once, {self.bytes_read / 1e9:.2f} GB read)"
+        )

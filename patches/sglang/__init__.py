@@ -1,0 +1,1 @@
+"""SGLang, from 0.4.9.post2."""

@@ -1,0 +1,130 @@
+"""``ServerArgs``: weightlift's options on the engine's own command line, and in its ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from weightlift.compat.context import Option, context_of
+from weightlift.compat.patch import Patch
+
+_MODULE = "sglang.srt.server_args"
+
+
+def _add_cli_args(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Add the options after the engine's own, whose definitions win."""
+    wrapped(*args, **kwargs)
+    parser: argparse.ArgumentParser = args[0] if args else kwargs["parser"]
+    group = parser.add_argument_group("weightlift", "Loading weights at the speed of the hardware")
+    for option in context_of("sglang").options:
+        flags = option.flags.get("sglang", ())
+        if flags and not any(flag in parser._option_string_actions for flag in flags):
+            _add_option(group, option, flags)
+
+
+def _add_option(group: Any, option: Option, flags: tuple[str, ...]) -> None:
+    if option.is_switch:
+        on, off = flags
+        group.add_argument(on, dest=option.name, action="store_true", default=None, help=option.help)
+        group.add_argument(
+            off, dest=option.name, action="store_false", default=None, help=f"The opposite of {on}."
+        )
+    else:
+        (flag,) = flags
+        group.add_argument(
+            flag, dest=option.name, type=_argument(option), metavar=option.metavar, help=option.help
+        )
+
+
+def _argument(option: Option) -> Callable[[str], str]:
+    """The text as given, once it is found to make sense."""
+
+    def check(text: str) -> str:
+        try:
+            option.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
+
+    return check
+
+
+def _from_cli_args(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Keep what was given, and let the engine have the rest."""
+    namespace: argparse.Namespace = args[0] if args else kwargs["args"]
+    given = {
+        option.name: value
+        for option in context_of("sglang").options
+        if (value := getattr(namespace, option.name, None)) is not None
+    }
+    extra = keep(given, getattr(namespace, "model_loader_extra_config", None))
+    if extra is not None:
+        namespace.model_loader_extra_config = extra
+    return wrapped(*args, **kwargs)
+
+
+def keep(given: Mapping[str, Any], extra_config: Any) -> Any:
+    """Hand settings to every process that loads, by environment; they inherit it.
+
+    Args:
+        given: Values by option name, switches as bool.
+        extra_config: The engine's ``model_loader_extra_config``: JSON, a dict, or None.
+
+    Returns:
+        The ``model_loader_extra_config`` to go on with. Switching off means the engine's own
+        threads too, which are on by default from 0.5.10.
+
+    Raises:
+        ValueError: A value makes no sense, or contradicts ``extra_config``.
+    """
+    for option in context_of("sglang").options:
+        if option.name in given:
+            value = given[option.name]
+            text = str(int(value)) if option.is_switch else str(value)
+            option.parse(text)
+            os.environ[option.env] = text
+    switch = given.get("multithread_load")
+    if switch is None:
+        return extra_config
+    config = json.loads(extra_config or "{}") if not isinstance(extra_config, dict) else extra_config
+    if config.get("enable_multithread_load", switch) != switch:
+        raise ValueError(
+            f"--{'enable' if switch else 'disable'}-multithread-load contradicts "
+            f"--model-loader-extra-config {extra_config}: leave one of them out"
+        )
+    if switch:
+        return extra_config
+    config = {**config, "enable_multithread_load": False}
+    return config if isinstance(extra_config, dict) else json.dumps(config)
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        target=f"{_MODULE}:ServerArgs.add_cli_args",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_add_cli_args,
+        parameters=("parser",),
+        why="`--model-loader-extra-config` takes two keys and refuses all others, so the engine's "
+        "command line has no room for options of a plugin.",
+        how="Adds a group to the parser that `launch_server` and `sglang serve` fill.",
+        upstream="No plugin interface for flags.",
+        drop_when="Plugins may declare flags.",
+    ),
+    Patch(
+        target=f"{_MODULE}:ServerArgs.from_cli_args",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_from_cli_args,
+        parameters=("args",),
+        why="It copies the engine's own fields and drops the rest.",
+        how="Puts weightlift's into the environment, which the spawned processes inherit.",
+        upstream="No plugin interface for flags.",
+        drop_when="Plugins may declare flags.",
+    ),
+)

@@ -1,0 +1,257 @@
+"""``DefaultModelLoader``: its weights come lazily, and readers put them in place.
+
+The seams are the same in every release from 0.4.9.post2: the static
+``load_weights_and_postprocess`` that every load goes through, the two methods that make the
+iterator it gets, and the safetensors iterators under the names that ``loader.py`` imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from weightlift.compat.context import context_of
+from weightlift.compat.patch import Patch
+from weightlift.loading.errors import PlanAborted, WeightliftError
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession, active_session
+from weightlift.loading.settings import Settings
+from weightlift.patches.sglang.weights import NamedWeights, RestartableWeights
+
+_MODULE = "sglang.srt.model_loader.loader"
+
+
+def _load_weights_and_postprocess(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Load by plan if this load allows it, else as the engine does; either way, report."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    model, weights, device = call["model"], call["weights"], call["target_device"]
+    settings = context_of("sglang").settings()
+    report = _report(model, weights)
+    reason = _refusal(model, weights, device, settings)
+    if not reason:
+        session = LoadSession(_with_engine_threads(settings, weights), report)
+        try:
+            with _loading_lazily(model, session):
+                result = wrapped(model, weights, device)
+        except Exception:
+            if session.aborted is None:
+                raise
+            reason, weights = str(session.aborted), weights.restart()
+        else:
+            if not report.tensors:
+                report.fall_back(_insist("it has no safetensors files", settings))
+            report.finish(settings.report)
+            return result
+    report.fall_back(_insist(reason, settings))
+    result = wrapped(model, weights, device)
+    report.finish(settings.report)
+    return result
+
+
+def _refusal(model: Any, weights: Any, device: torch.device, settings: Settings) -> str:
+    """Why this load is left to the engine, or ''."""
+    if not settings.multithread_load:
+        return "multithread load is switched off"
+    if not isinstance(weights, RestartableWeights):
+        return "its weights are filtered or come from memory"
+    if weights.extra_config.get("enable_multithread_load") is False:
+        return "--model-loader-extra-config says enable_multithread_load=false"
+    if type(weights.loader).__name__ != "DefaultModelLoader":
+        return f"{type(weights.loader).__name__} has ways of its own"
+    if device.type not in ("cpu", "cuda"):
+        return f"no way to place weights on {device.type!r} devices"
+    return _quantisation_refusal(model)
+
+
+def _quantisation_refusal(model: torch.nn.Module) -> str:
+    """Why this model's quantisation is left to the engine, or ''.
+
+    Plain weights and stored FP8 are copied as they are. Methods that quantise while they load
+    count copies or rebind parameters, and those that were not tried stay stock as well.
+    """
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        kind = type(method).__name__
+        if method is None or kind.startswith("Unquantized"):
+            continue
+        config = getattr(method, "quant_config", None)
+        if kind.startswith("Fp8") and getattr(config, "is_checkpoint_fp8_serialized", False):
+            continue
+        return f"{kind} of {name} was not tested with planned loading"
+    return ""
+
+
+def _insist(reason: str, settings: Settings) -> str:
+    """The reason, unless the user asked for what is now not to be had.
+
+    Raises:
+        WeightliftError: They did.
+    """
+    if settings.multithread_load and "multithread_load" in settings.asked:
+        raise WeightliftError(
+            f"multithread load was asked for and cannot be had here: {reason}. Leave out "
+            "--enable-multithread-load (or its variable or YAML key) to load with the engine's "
+            "own loader."
+        )
+    return reason
+
+
+def _with_engine_threads(settings: Settings, weights: RestartableWeights) -> Settings:
+    """The engine's own ``num_threads`` counts where weightlift's option was not given."""
+    threads = weights.extra_config.get("num_threads")
+    if "num_load_threads" in settings.asked or not isinstance(threads, int) or threads < 1:
+        return settings
+    return replace(settings, num_load_threads=threads)
+
+
+def _report(model: torch.nn.Module, weights: Any) -> LoadReport:
+    is_known = isinstance(weights, RestartableWeights)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return LoadReport(
+        engine="sglang",
+        version=context_of("sglang").engine.version,
+        phase=weights.phase if is_known else "update",
+        model_path=weights.model_path if is_known else "",
+        rank=torch.distributed.get_rank() if distributed else 0,
+        architecture=type(model).__name__,
+    )
+
+
+@contextmanager
+def _loading_lazily(model: torch.nn.Module, session: LoadSession) -> Iterator[None]:
+    """Within this, ``model.load_weights`` gets lazy tensors and returns with all of them in place.
+
+    The method is shadowed on the instance, the one point that every release calls between making
+    the iterator and post-processing what was loaded.
+    """
+    original = model.load_weights
+
+    @functools.wraps(original)
+    def load_weights(weights: NamedWeights, *args: Any, **kwargs: Any) -> Any:
+        with session, session.armed():
+            result = original(session.guard(weights), *args, **kwargs)
+            session.finish(model)
+        return result
+
+    before = vars(model).get("load_weights")
+    vars(model)["load_weights"] = load_weights
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(model)["load_weights"]
+        else:
+            vars(model)["load_weights"] = before
+
+
+def _get_all_weights(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RestartableWeights:
+    """The weights of a launch, restartable."""
+    path = inspect.signature(wrapped).bind(*args, **kwargs).arguments["model_config"].model_path
+    make = functools.partial(wrapped, *args, **kwargs)
+    return RestartableWeights(make, instance, str(path), "launch", make())
+
+
+def _get_weights_iterator(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RestartableWeights:
+    """The weights of one source, restartable; an update gets these."""
+    source = inspect.signature(wrapped).bind(*args, **kwargs).arguments["source"]
+    make = functools.partial(wrapped, *args, **kwargs)
+    return RestartableWeights(make, instance, str(source.model_or_path), "update", make())
+
+
+def _safetensors_iterator(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> NamedWeights:
+    """Lazy tensors if a session is armed when the first is asked for, else the stock iterator.
+
+    An update makes its iterator before the load starts, so the choice cannot be made sooner;
+    LoRA and the expert backup ask outside of any load, and need real tensors.
+    """
+    session = active_session()
+    if session is None:
+        yield from wrapped(*args, **kwargs)
+        return
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    if call.get("decryption_key"):
+        raise session.abort(PlanAborted("its files are encrypted"))
+    if call.get("prefetch"):
+        raise session.abort(PlanAborted("--weight-loader-prefetch-checkpoints was asked for"))
+    drop_cache = bool(call.get("drop_cache_after_load"))
+    yield from session.iterate(call["hf_weights_files"], drop_cache=drop_cache)
+
+
+_ITERATOR_NOTES = {
+    "why": "The iterator maps the shards and hands out views: the reading happens page by page in "
+    "the engine's copy, on one thread, into pageable memory, also in the multi-thread variant.",
+    "how": "Within a planned load it yields lazy tensors whose copies become reads of file windows "
+    "by several threads. Outside of one it is the stock iterator.",
+    "upstream": "sgl-project/sglang#39472 is open for updates; reads stay page faults (#37806).",
+    "drop_when": "The engine's iterator reads just the bytes a rank needs, without page faults.",
+}
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        target=f"{_MODULE}:DefaultModelLoader.load_weights_and_postprocess",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_load_weights_and_postprocess,
+        parameters=("model", "weights", "target_device"),
+        why="Every launch and every update from disk goes through here, and knows neither where "
+        "its weights come from nor how to start over.",
+        how="Arms a load session around `model.load_weights`, waits for its last byte before "
+        "post-processing, and repeats the load natively if it cannot be planned.",
+        upstream="Nothing of the kind is proposed.",
+        drop_when="The engine offers a loader interface that its own `--load-format auto` uses.",
+    ),
+    Patch(
+        target=f"{_MODULE}:DefaultModelLoader._get_all_weights",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_get_all_weights,
+        parameters=("model_config", "model"),
+        why="The weights of a launch are a generator: seen once, gone.",
+        how="Keeps how it was made beside it.",
+        upstream="Nothing of the kind is proposed.",
+        drop_when="The patch of `load_weights_and_postprocess` goes.",
+    ),
+    Patch(
+        target=f"{_MODULE}:DefaultModelLoader._get_weights_iterator",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_get_weights_iterator,
+        parameters=("source",),
+        why="The weights of an update are a generator: seen once, gone.",
+        how="Keeps how it was made beside it.",
+        upstream="Nothing of the kind is proposed.",
+        drop_when="The patch of `load_weights_and_postprocess` goes.",
+    ),
+    Patch(
+        target=f"{_MODULE}:safetensors_weights_iterator",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_safetensors_iterator,
+        parameters=("hf_weights_files",),
+        **_ITERATOR_NOTES,
+    ),
+    Patch(
+        target=f"{_MODULE}:multi_thread_safetensors_weights_iterator",
+        versions=">=0.4.9.post2,<0.5.9",
+        wrapper=_safetensors_iterator,
+        parameters=("hf_weights_files", "max_workers"),
+        **_ITERATOR_NOTES,
+    ),
+    Patch(
+        target=f"{_MODULE}:buffered_multi_thread_safetensors_weights_iterator",
+        versions=">=0.5.9,<0.5.24",
+        wrapper=_safetensors_iterator,
+        parameters=("hf_weights_files", "max_workers"),
+        **_ITERATOR_NOTES,
+    ),
+)
