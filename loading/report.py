@@ -84,9 +84,18 @@ class LoadReport:
         subject = f"{self.phase or 'load'} of {self.architecture or 'weights'} rank {self.rank}"
         if self.mode == STOCK:
             return f"{subject} by the engine's own loader: {self.fallback_reason}"
-        rate = self.bytes_needed / max(self.seconds, 1e-9) / 1e9
+        rate = self.bytes_needed / max(self.seconds, 1e-9)
         return (
-            f"{subject}: {self.bytes_needed / 1e9:.2f} GB in {self.seconds:.2f} s "
-            f"({rate:.1f} GB/s; {self.tensors} tensors, {self.planned} copies planned, "
-            f"{self.materialised} read at once, {self.bytes_read / 1e9:.2f} GB read)"
+            f"{subject}: {human(self.bytes_needed)} in {self.seconds:.3f} s ({human(rate)}/s; "
+            f"{self.tensors} tensors, {self.planned} copies planned, {self.materialised} read at "
+            f"once, {human(self.bytes_read)} read)"
         )
+
+
+def human(nbytes: float) -> str:
+    """A number of bytes with the decimal unit that suits it."""
+    for unit in ("B", "kB", "MB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} GB"

@@ -18,7 +18,7 @@ import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.loading.errors import PlanAborted, WeightliftError
+from weightlift.loading.errors import CheckpointError, PlanAborted, WeightliftError
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
@@ -41,10 +41,11 @@ def _load_weights_and_postprocess(
         try:
             with _loading_lazily(model, session):
                 result = wrapped(model, weights, device)
-        except Exception:
-            if session.aborted is None:
-                raise
-            reason, weights = str(session.aborted), weights.restart()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            # Nothing but a lazy tensor may be to blame: what fails natively too fails again.
+            reason, weights = str(session.aborted or repr(error)), weights.restart()
         else:
             if not report.tensors:
                 report.fall_back(_insist("it has no safetensors files", settings))

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession
+from weightlift.loading.settings import Settings
+
+SaveCheckpoint = Callable[..., list[str]]
+OpenSession = Callable[..., LoadSession]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here; scripts/gpu runs this on one")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> SaveCheckpoint:
+    """Write one shard for each dict of tensors; returns their paths."""
+
+    def save(*shards: dict[str, torch.Tensor]) -> list[str]:
+        paths = [tmp_path / f"model-{number:05d}.safetensors" for number, _ in enumerate(shards)]
+        for path, tensors in zip(paths, shards, strict=True):
+            save_file(tensors, path)
+        return [str(path) for path in paths]
+
+    return save
+
+
+@pytest.fixture
+def open_session() -> OpenSession:
+    def open_session(**settings: int) -> LoadSession:
+        return LoadSession(Settings(num_load_threads=2, **settings), LoadReport())
+
+    return open_session
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """No test may leave a reader thread or an open shard behind."""
+    yield
+    if _open_shards():
+        gc.collect()  # iterators that a test did not exhaust
+    readers = [thread for thread in threading.enumerate() if "weightlift" in thread.name]
+    assert not readers, "reader threads outlived the load"
+    assert not _open_shards(), "shards are still open"
+
+
+def _open_shards() -> list[str]:
+    links = (Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd"))
+    return [target for link in links if (target := _target(link)).endswith(".safetensors")]
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # the descriptor of the listing itself
+        return ""
