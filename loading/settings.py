@@ -8,8 +8,7 @@ from pathlib import Path
 
 MIB = 1 << 20
 
-# On one H200 with 16 cores, 12 threads of 4 MiB windows reached 88 % of the PCIe ceiling,
-# 8 of 16 MiB 81 % and 4 of them 56 %: more than 12 brought nothing.
+# On one H200 with 16 cores more than 12 readers brought nothing, warm; see `placement`.
 MOST_THREADS = 12
 
 
