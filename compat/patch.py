@@ -104,6 +104,7 @@ class OurWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
     """A wrapper of ours: the mark by which a second install knows the first."""
 
 
+
 def put_on(patches: Sequence[Patch], module: ModuleType) -> tuple[Result, list[Handle]]:
     """Put on all patches of a module, or none.
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 import threading
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -88,9 +89,11 @@ def _install(integration: Integration) -> None:
     for module, patch_file in integration.patch_files.items():
         key = f"{engine.name} {module}"
         _state.results[key] = Result(Outcome.WAITING, "not imported yet")
-        if module not in _state.hooked or module in importlib.sys.modules:
+        hook = functools.partial(_patch, integration, engine, patch_file, key)
+        if module in sys.modules:
+            hook(sys.modules[module])
+        elif module not in _state.hooked:
             _state.hooked.add(module)
-            hook = functools.partial(_patch, integration, engine, patch_file, key)
             wrapt.register_post_import_hook(hook, module)
 
 

@@ -116,10 +116,12 @@ def _from_yaml(path: str) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise OptionError(f"{CONFIG_ENV}={path}: cannot read it: {error}") from error
     known = {option.name: option for option in OPTIONS}
-    if not isinstance(content, dict) or not content.keys() <= known.keys():
-        keys = content.keys() if isinstance(content, dict) else [content]
-        unknown = ", ".join(sorted(str(key) for key in keys if key not in known))
-        raise OptionError(f"{path}: unknown key {unknown}; the keys are {', '.join(known)}")
+    if not isinstance(content, dict):
+        raise OptionError(f"{path}: must map keys to values; the keys are {', '.join(known)}")
+    if unknown := [str(key) for key in content if key not in known]:
+        raise OptionError(
+            f"{path}: unknown key {', '.join(unknown)}; the keys are {', '.join(known)}"
+        )
     return {
         name: _parse(known[name], str(value), f"{path}: {name}") for name, value in content.items()
     }

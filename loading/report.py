@@ -31,6 +31,7 @@ class LoadReport:
         tensors: Tensors that the engine was offered.
         planned: Copies that the readers made.
         materialised: Tensors read at once, for small copies and for operations that need data.
+        threads: Reader threads that took part; 0 where a load was too small for any.
         bytes_needed: Bytes that this rank's parameters are made from.
         bytes_read: Bytes that came from the files, headers included.
         seconds: From the start of the load to its last byte in place.
@@ -47,6 +48,7 @@ class LoadReport:
     tensors: int = 0
     planned: int = 0
     materialised: int = 0
+    threads: int = 0
     bytes_needed: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
@@ -55,7 +57,8 @@ class LoadReport:
     def fall_back(self, reason: str) -> None:
         """Note that the engine's own loader takes over, and why."""
         self.mode, self.fallback_reason = STOCK, reason
-        self.tensors = self.planned = self.materialised = self.bytes_needed = self.bytes_read = 0
+        self.tensors = self.planned = self.materialised = self.threads = 0
+        self.bytes_needed = self.bytes_read = 0
         self.seconds = 0.0
 
     def finish(self, path: str) -> None:

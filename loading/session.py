@@ -190,6 +190,7 @@ class LoadSession:
         with self._lock:
             if device not in self._plans:
                 pool = self._pools[device] = ReaderPool(device, self._settings)
+                self.report.threads += pool.threads
                 self._plans[device] = Plan(window_bytes(device), pool.submit)
             return self._plans[device]
 

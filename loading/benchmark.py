@@ -1,0 +1,253 @@
+"""Timing a checkpoint's way into final tensors: weightlift, safetensors, and installed peers.
+
+Each loader runs in a process of its own, into tensors that are there before the clock starts, at
+the settings that suit it best. The first call, which pays for threads and pinned memory, is told
+apart from the rest. Cold means that the page cache was dropped, and found to be empty, before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weightlift.loading.checkpoint import Checkpoint, shard_paths
+from weightlift.loading.state_dict import load_into
+
+Targets = dict[str, torch.Tensor]
+COLD_FRACTION = 0.02
+"""Part of a file that may be in the page cache and the file still counts as cold."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One loader, warm or cold.
+
+    Attributes:
+        loader: Its name.
+        state: ``warm`` or ``cold``.
+        first_s: Seconds of the first call in its process.
+        seconds: Of the calls after it.
+        nbytes: Bytes of the checkpoint.
+        is_equal: Whether every tensor is that of the file.
+        problem: Why there are no numbers, or ''.
+    """
+
+    loader: str
+    state: str
+    first_s: float = 0.0
+    seconds: tuple[float, ...] = ()
+    nbytes: int = 0
+    is_equal: bool = False
+    problem: str = ""
+
+    @property
+    def median_s(self) -> float:
+        """Median of the calls after the first, or the first if it was the only one."""
+        return statistics.median(self.seconds or (self.first_s,))
+
+
+def _weightlift(path: Path, targets: Targets, device: torch.device) -> None:
+    load_into(targets, path)
+
+
+def _safetensors(path: Path, targets: Targets, device: torch.device) -> None:
+    """What the engines' loops do: map, and copy tensor by tensor."""
+    from safetensors import safe_open
+
+    for file in shard_paths(path):
+        with safe_open(file, framework="pt", device="cpu") as shard:
+            for name in shard.keys():  # noqa: SIM118 - it is no dict
+                targets[name].copy_(shard.get_tensor(name))
+
+
+def _safetensors_prefetch(path: Path, targets: Targets, device: torch.device) -> None:
+    from safetensors import safe_open
+
+    for file in shard_paths(path):
+        with safe_open(file, framework="pt") as shard:
+            with shard.prefetch(plan=None, device=str(device), threads=8) as tensors:
+                for name, tensor in tensors:
+                    targets[name].copy_(tensor)
+
+
+def _fastsafetensors(path: Path, targets: Targets, device: torch.device) -> None:
+    os.environ["FASTSAFETENSORS_ODIRECT"] = "0"  # else it reads a warm file at the disk's speed
+    from fastsafetensors import ParallelLoader
+
+    loader = ParallelLoader(
+        None,
+        [str(file) for file in shard_paths(path)],
+        device=str(device),
+        nogds=True,
+        bbuf_size_kb=512 << 10,
+        max_threads=16,
+        use_tqdm_on_load=False,
+    )
+    for name, tensor in loader.iterate_weights():
+        targets[name].copy_(tensor)
+    loader.close()
+
+
+def _instanttensor(path: Path, targets: Targets, device: torch.device) -> None:
+    os.environ["INSTANTTENSOR_CACHE_BUFFER"] = "1"
+    from instanttensor import BackendPolicy, safe_open
+
+    files = [str(file) for file in shard_paths(path)]
+    how = {"device": device.index or 0, "copy": False, "backend": BackendPolicy.BUFFERED}
+    with safe_open(files, framework="pt", chunk_size=8 << 20, io_depth=32, **how) as shards:
+        for name, tensor in shards.tensors():
+            targets[name].copy_(tensor)
+
+
+def _runai_streamer(path: Path, targets: Targets, device: torch.device) -> None:
+    os.environ.setdefault("RUNAI_STREAMER_CONCURRENCY", "16")
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files([str(file) for file in shard_paths(path)])
+        for name, tensor in streamer.get_tensors():
+            targets[name].copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A way to load, and what it takes: a package, and a CUDA device or not."""
+
+    run: Callable[[Path, Targets, torch.device], None]
+    package: str = ""
+    needs_cuda: bool = False
+
+    def is_available(self, device: torch.device) -> bool:
+        """Whether it can run here, on this device."""
+        if self.needs_cuda and device.type != "cuda":
+            return False
+        return not self.package or importlib.util.find_spec(self.package) is not None
+
+
+def _has_prefetch() -> bool:
+    import safetensors
+
+    return hasattr(safetensors.safe_open, "prefetch")
+
+
+LOADERS: dict[str, Loader] = {
+    "weightlift": Loader(_weightlift),
+    "safetensors": Loader(_safetensors),
+    "fastsafetensors": Loader(_fastsafetensors, "fastsafetensors", needs_cuda=True),
+    "instanttensor": Loader(_instanttensor, "instanttensor", needs_cuda=True),
+    "runai-model-streamer": Loader(_runai_streamer, "runai_model_streamer"),
+}
+if _has_prefetch():
+    LOADERS["safetensors prefetch"] = Loader(_safetensors_prefetch, needs_cuda=True)
+
+
+def compare(
+    path: Path, device: torch.device, loaders: list[str], states: list[str], calls: int
+) -> Iterator[Timing]:
+    """Time these loaders, one process each, and yield as they are done.
+
+    Args:
+        path: A checkpoint.
+        device: Where the tensors are.
+        loaders: Names from :data:`LOADERS`.
+        states: ``warm``, ``cold`` or both.
+        calls: Calls in each process, at least one.
+    """
+    context = multiprocessing.get_context("spawn")
+    for state in states:
+        for name in loaders:
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (name, path, device, state, calls, theirs)
+            process = context.Process(target=_measure, args=arguments)
+            process.start()
+            theirs.close()
+            try:
+                yield ours.recv()
+            except EOFError:
+                process.join()
+                yield Timing(name, state, problem=f"its process died ({process.exitcode})")
+            process.join()
+
+
+def _measure(
+    name: str, path: Path, device: torch.device, state: str, calls: int, answer: object
+) -> None:
+    """Runs in the loader's own process."""
+    try:
+        timing = _timed(name, path, device, state, calls)
+    except Exception as error:  # a peer's trouble is a row of the table
+        timing = Timing(name, state, problem=f"{type(error).__name__}: {error}")
+    answer.send(timing)  # type: ignore[attr-defined]
+
+
+def _timed(name: str, path: Path, device: torch.device, state: str, calls: int) -> Timing:
+    targets = empty_targets(path, device)
+    seconds = []
+    for _ in range(calls):
+        prepare_cache(path, state)
+        started = time.perf_counter()
+        with torch.no_grad():
+            LOADERS[name].run(path, targets, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    nbytes = sum(target.nbytes for target in targets.values())
+    equal = is_equal(path, targets)
+    return Timing(name, state, seconds[0], tuple(seconds[1:]), nbytes, equal)
+
+
+def empty_targets(path: Path, device: torch.device) -> Targets:
+    """Zeroed tensors of the checkpoint's shapes and dtypes."""
+    with Checkpoint.from_path(path) as checkpoint:
+        return {
+            entry.name: torch.zeros(entry.shape, dtype=entry.dtype, device=device)
+            for entry in checkpoint.entries()
+        }
+
+
+def prepare_cache(path: Path, state: str) -> None:
+    """Bring all of the checkpoint into the page cache, or none of it.
+
+    Raises:
+        OSError: The kernel keeps pages that should go (some filesystems and containers do).
+    """
+    with Checkpoint.from_path(path) as checkpoint:
+        for shard in checkpoint.shards:
+            if state == "cold":
+                _make_cold(shard.file.path)
+                if shard.file.cached_bytes() > COLD_FRACTION * shard.file.size:
+                    raise OSError(f"{shard.file.path} stays in the page cache")
+            else:
+                for offset in range(0, shard.file.size, 16 << 20):
+                    shard.file.read(offset, min(16 << 20, shard.file.size - offset))
+
+
+def _make_cold(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # a dirty page cannot be dropped
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def is_equal(path: Path, targets: Targets) -> bool:
+    """Whether the targets hold, bit by bit, what safetensors reads."""
+    from safetensors import safe_open
+
+    for file in shard_paths(path):
+        with safe_open(file, framework="pt", device="cpu") as shard:
+            for name in shard.keys():  # noqa: SIM118 - it is no dict
+                expected = shard.get_tensor(name).to(targets[name].device)
+                left, right = (item.reshape(-1).view(torch.uint8) for item in (expected, targets[name]))
+                if not torch.equal(left, right):
+                    return False
+    return True

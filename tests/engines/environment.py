@@ -1,0 +1,174 @@
+"""The environment in which the tests run, and the real engines beside it. Standard library only.
+
+    python3 tests/engines/environment.py            make the environment, print its Python
+    python3 tests/engines/environment.py VERSION..  and unpack these SGLang releases
+
+One virtual environment has torch for CPU, the light dependencies of all engines, the tools and
+weightlift. Each engine release is a folder of its own, with the releases it pins, for PYTHONPATH.
+All of it is kept under ``WEIGHTLIFT_CACHE`` (``~/.cache/weightlift``) and made once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parents[1]
+CACHE = Path(os.environ.get("WEIGHTLIFT_CACHE", Path.home() / ".cache/weightlift"))
+REQUIREMENTS = HERE / "requirements.txt"
+TORCH = os.environ.get("WEIGHTLIFT_TORCH", "torch==2.13.0")
+DONE = ".done"
+
+SGLANG_VERSIONS = tuple(
+    """0.4.9.post2 0.4.10.post2 0.5.2 0.5.3.post3 0.5.4.post3 0.5.5.post3 0.5.6.post2 0.5.7
+    0.5.8.post1 0.5.9 0.5.10.post1 0.5.11 0.5.12.post1 0.5.13.post1 0.5.14 0.5.15.post1 0.5.16
+    0.5.17 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23""".split()
+)
+NEEDS_VLLM = re.compile(r"0\.4\.|0\.5\.[2-7](\.|$)")
+"""Releases whose CPU path imports activation and norm layers from vLLM."""
+
+
+def say(text: str) -> None:
+    """Tell what is going on, on stderr; stdout is for answers."""
+    sys.stderr.write(f"{text}\n")
+
+
+def run(*command: str | Path, **environ: str) -> None:
+    """Run quietly; on failure show what it printed and stop."""
+    ran = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environ},
+        cwd=TOP,
+    )
+    if ran.returncode:
+        raise SystemExit(f"{ran.stdout}\nfailed: {' '.join(str(part) for part in command)}")
+
+
+def base() -> Path:
+    """The Python of the environment, made if it is not there."""
+    key = hashlib.sha256(REQUIREMENTS.read_bytes() + TORCH.encode() + sys.version.encode())
+    folder = CACHE / f"env-{key.hexdigest()[:12]}"
+    python = folder / "bin/python"
+    if not (folder / DONE).exists():
+        started = time.monotonic()
+        say(f"making the environment {folder} (once, about two minutes)")
+        shutil.rmtree(folder, ignore_errors=True)
+        run(sys.executable, "-m", "venv", folder)
+        run(python, "-m", "pip", "install", "-q", TORCH, "uv", "setuptools>=77")
+        run(folder / "bin/uv", "pip", "install", "-q", "-p", python, "--no-deps", "-r", REQUIREMENTS)
+        declare_torchvision_operators(folder)
+        (folder / DONE).touch()
+        say(f"  done in {time.monotonic() - started:.0f} s")
+    return python
+
+
+def install_weightlift(python: Path) -> None:
+    """Install this checkout into the environment, as users do: the wheel, not an editable one."""
+    uv = python.parent / "uv"
+    options = ("--no-deps", "--no-build-isolation", "--reinstall-package", "weightlift")
+    run(uv, "pip", "install", "-q", "-p", python, *options, TOP)
+
+
+def declare_torchvision_operators(folder: Path) -> None:
+    """Let torchvision's CUDA build be imported beside torch for CPU.
+
+    It registers shapes for two operators whose library cannot be loaded here.
+    """
+    (file,) = folder.glob("lib/python*/site-packages/torchvision/_meta_registrations.py")
+    text = file.read_text()
+    first = '@torch.library.register_fake("torchvision::nms")'
+    schemas = (
+        "if not torchvision.extension._has_ops():\n"
+        '    _operators = torch.library.Library("torchvision", "DEF")\n'
+        '    for _name in ("nms", "qnms"):\n'
+        "        _operators.define(\n"
+        '            f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"\n'
+        "        )\n\n\n"
+    )
+    if first not in text:
+        raise SystemExit(f"{file}: not the torchvision that was expected")
+    replacement = file.with_suffix(".new")
+    replacement.write_text(text.replace(first, schemas + first, 1))
+    replacement.replace(file)  # a new file: uv may have linked the old one to its cache
+
+
+def sglang_folder(version: str) -> Path:
+    """Where a release is, once :func:`sglang` made it."""
+    return CACHE / "sglang" / version
+
+
+def sglang(version: str, python: Path) -> Path:
+    """A folder with this SGLang release and the releases it pins, made if it is not there."""
+    folder = sglang_folder(version)
+    if not (folder / DONE).exists():
+        say(f"unpacking SGLang {version}")
+        shutil.rmtree(folder, ignore_errors=True)
+        uv = (python.parent / "uv", "pip", "install", "-q", "-p", python, "--no-deps")
+        run(*uv, "--target", folder, f"sglang=={version}")
+        metadata = (folder / f"sglang-{version}.dist-info/METADATA").read_text()
+        run(*uv, "--target", folder, *_pins(metadata))
+        (folder / DONE).touch()
+    return folder
+
+
+def _pins(metadata: str) -> list[str]:
+    """What differs between releases: the packages they pin, and what those need with them."""
+    pinned = {
+        name: found[1]
+        for name in ("transformers", "xgrammar", "torchao", "apache-tvm-ffi")
+        if (found := re.search(rf"^Requires-Dist: {name}==([^;\s]+)", metadata, re.MULTILINE))
+    }
+    hub, tokenizers = "1.33.0", "0.22.2"
+    transformers = pinned["transformers"]
+    if transformers.startswith("4."):
+        hub = "0.36.0"
+        tokenizers = "0.21.4" if transformers.startswith(("4.53", "4.54")) else "0.22.1"
+    elif transformers.startswith("5.19"):
+        hub, tokenizers = "2.4.0", "0.23.2"
+    return [
+        *(f"{name}=={version}" for name, version in pinned.items()),
+        f"huggingface_hub=={hub}",
+        f"tokenizers=={tokenizers}",
+    ]
+
+
+def sglang_environ(version: str) -> dict[str, str]:
+    """The environment variables under which this release runs on a CPU."""
+    path = [sglang_folder(version), HERE / "stand_ins"]
+    if NEEDS_VLLM.match(version):
+        path.append(HERE / "stand_ins_vllm")
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return {
+        **environ,
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPYCACHEPREFIX": str(CACHE / "pyc"),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def main(versions: list[str]) -> None:
+    """Make what is named and print the environment's Python."""
+    python = base()
+    install_weightlift(python)
+    for version in SGLANG_VERSIONS if versions == ["all"] else versions:
+        sglang(version, python)
+    sys.stdout.write(f"{python}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,194 @@
+"""Loads models with the real SGLang of this process's path, several cases for one import.
+
+harness.py CASES.json    prints a line ``RESULT {...}`` a rank and case
+
+The engine's own benchmark helper does the version's set-up; the harness stops it as soon as the
+model is loaded. Each case runs in forked children, one a rank, so that the engine is imported once.
+A case: name, model, then if wanted update (a second checkpoint), tp, args, env, and stock=true for
+the engine with every patch taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import inspect
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import Any
+
+CASE_SECONDS = 120
+FLAGS = (
+    "--device cpu --attention-backend torch_native --sampling-backend pytorch --disable-cuda-graph "
+    "--max-total-tokens 512 --mem-fraction-static 0.3 --max-running-requests 2"
+).split()
+
+
+class Loaded(Exception):
+    """Raised to leave the engine once the model is there."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self.runner = runner
+
+
+def helper_module() -> Any:
+    """The engine's one-batch benchmark, which moved in 0.5.15."""
+    try:
+        return importlib.import_module("sglang.benchmark.one_batch")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("sglang.bench"):
+            raise
+        return importlib.import_module("sglang.bench_one_batch")
+
+
+def stop_after_load(runner_class: Any) -> None:
+    """Have ``ModelRunner.load_model`` raise :class:`Loaded` when it is done."""
+    load_model = runner_class.load_model
+
+    def load_and_stop(self: Any) -> None:
+        load_model(self)
+        raise Loaded(self)
+
+    runner_class.load_model = load_and_stop
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers."""
+    import torch
+
+    digest = hashlib.sha256()
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in sorted(named.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def addresses(model: Any) -> list[int]:
+    """Where the parameters are."""
+    return [parameter.data_ptr() for _, parameter in sorted(model.named_parameters())]
+
+
+def server_arguments(case: dict[str, Any]) -> Any:
+    """The engine's own parser on the case's command line."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    command = ["--model-path", case["model"], *FLAGS, "--tp-size", str(case.get("tp", 1))]
+    arguments = ServerArgs.from_cli_args(parser.parse_args([*command, *case.get("args", [])]))
+    if hasattr(arguments, "resolve_once"):
+        arguments.resolve_once()
+    return arguments
+
+
+def load(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
+    """Run one rank of a case."""
+    from sglang.srt.server_args import PortArgs
+
+    helper = helper_module()
+    if case.get("stock"):
+        from weightlift.hooks import bootstrap
+
+        bootstrap.uninstall()
+    arguments = server_arguments(case)
+    helper._set_envs_and_config(arguments)
+    ports = PortArgs.init_new(arguments)
+    ports.nccl_port = port
+    stop_after_load(helper.ModelRunner)
+    given = {
+        "server_args": arguments,
+        "port_args": ports,
+        "bench_args": helper.BenchArgs(),
+        "gpu_id": rank,
+        "tp_rank": rank,
+    }
+    wanted = inspect.signature(helper.correctness_test).parameters
+    try:
+        helper.correctness_test(**{name: given[name] for name in wanted})
+    except Loaded as loaded:
+        return results(case, loaded.runner)
+    raise RuntimeError("the engine went on without loading a model")
+
+
+def results(case: dict[str, Any], runner: Any) -> dict[str, Any]:
+    """What the loaded model is made of, and again after each update."""
+    told: dict[str, Any] = {
+        "architecture": type(runner.model).__name__,
+        "launch": fingerprint(runner.model),
+    }
+    before = addresses(runner.model)
+    updater = runner
+    if not hasattr(runner, "update_weights_from_disk"):  # from 0.5.16
+        if not hasattr(runner, "weight_updater"):  # made after the load in newer releases
+            runner.init_weight_updater()
+        updater = runner.weight_updater
+    for number, path in enumerate(case.get("updates", [])):
+        done, message = updater.update_weights_from_disk(path, "auto")[:2]
+        told[f"update {number}"] = fingerprint(runner.model) if done else f"failed: {message}"
+    told["moved"] = before != addresses(runner.model)
+    return told
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_case(case: dict[str, Any]) -> None:
+    """Fork a child a rank and wait for them."""
+    port = free_port()
+    ranks = case.get("tp", 1)
+    children = []
+    sys.stdout.flush()
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            run_rank(case, rank, port)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def run_rank(case: dict[str, Any], rank: int, port: int) -> None:
+    """In the child: load, tell, and leave without the engine's clean-up."""
+    signal.alarm(CASE_SECONDS)  # a hang ends this rank, and its missing line is a failure
+    os.environ.update(case.get("env", {}))
+    if case.get("tp", 1) > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        binding = "|".join(str(cores[number % len(cores)]) for number in range(case["tp"]))
+        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = binding
+    told: dict[str, Any] = {"case": case["name"], "rank": rank}
+    try:
+        told.update(load(case, rank, port))
+    except BaseException as error:
+        traceback.print_exc()
+        told["error"] = f"{type(error).__name__}: {error}"
+    sys.stdout.write(f"\nRESULT {json.dumps(told)}\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    """Import the engine once, then run every case."""
+    with open(sys.argv[1]) as file:
+        cases = json.load(file)
+    logging.basicConfig(level=logging.INFO)
+    helper_module()
+    for case in cases:
+        run_case(case)
+
+
+if __name__ == "__main__":
+    main()

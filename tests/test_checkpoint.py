@@ -1,0 +1,196 @@
+"""The index of a checkpoint: good files are found, bad ones refused with file, tensor and remedy."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from weightlift.loading.checkpoint import Checkpoint, shard_paths
+from weightlift.loading.errors import CheckpointError, UnsupportedCheckpoint
+
+F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+
+
+def write(path: Path, header: Any, data: bytes = b"\0" * 16) -> Path:
+    """A shard with this header, given as bytes or as what JSON makes of it."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+def test_entries_tell_where_each_tensor_is(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 4), "a": torch.arange(5), "empty": torch.zeros(0, 7)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint.from_path(tmp_path) as checkpoint:
+        entries = {entry.name: entry for entry in checkpoint.entries()}
+        for name, tensor in tensors.items():
+            entry = entries[name]
+            assert (entry.dtype, entry.shape) == (tensor.dtype, tuple(tensor.shape))
+            assert entry.file.read(entry.offset, entry.nbytes) == tensor.numpy().tobytes()
+        assert checkpoint.nbytes == 3 * 4 * 4 + 5 * 8
+
+
+def test_a_directory_is_read_by_its_index(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    index = {"weight_map": {"a": "one.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert shard_paths(tmp_path) == [tmp_path / "one.safetensors"]
+
+
+def test_a_directory_without_an_index_is_all_its_shards(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    assert [path.name for path in shard_paths(tmp_path)] == ["a.safetensors", "b.safetensors"]
+
+
+BAD_HEADERS: dict[str, tuple[Any, bytes, str]] = {
+    "no json": (b"{nonsense", b"", "not valid JSON"),
+    "no object": ([], b"", "not a JSON object"),
+    "not utf-8": (b"\xff\xfe{}", b"", "not valid JSON"),
+    "deep nesting": (b"[" * 100_000, b"", "not valid JSON"),
+    "twice": (b'{"a":{},"a":{}}', b"", "twice"),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, b"\0" * 8, "lacks"),
+    "entry is a list": ({"a": [1]}, b"", "lacks"),
+    "negative size": ({"a": {**F32, "shape": [-2, -2]}}, b"\0" * 16, "not a list of sizes"),
+    "size is a float": ({"a": {**F32, "shape": [2.0, 2]}}, b"\0" * 16, "not a list of sizes"),
+    "size is a bool": ({"a": {**F32, "shape": [True]}}, b"\0" * 4, "not a list of sizes"),
+    "huge size": ({"a": {**F32, "shape": [1 << 62, 1 << 62]}}, b"\0" * 16, "takes"),
+    "negative offset": ({"a": {**F32, "data_offsets": [-16, 0]}}, b"\0" * 16, "not a range"),
+    "backward range": ({"a": {**F32, "data_offsets": [16, 0]}}, b"\0" * 16, "not a range"),
+    "three offsets": ({"a": {**F32, "data_offsets": [0, 8, 16]}}, b"\0" * 16, "not a range"),
+    "size and offsets differ": ({"a": {**F32, "data_offsets": [0, 8]}}, b"\0" * 8, "takes"),
+    "overlap": (
+        {"a": F32, "b": {**F32, "data_offsets": [8, 24]}},
+        b"\0" * 24,
+        "overlaps another tensor",
+    ),
+    "hole": ({"a": F32, "b": {**F32, "data_offsets": [20, 36]}}, b"\0" * 36, "leaves a hole"),
+    "truncated": ({"a": F32}, b"\0" * 12, "truncated"),
+    "more data": ({"a": F32}, b"\0" * 20, "followed by other data"),
+    "metadata is a list": ({"__metadata__": [1], "a": F32}, b"\0" * 16, "__metadata__"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HEADERS.values(), ids=BAD_HEADERS.keys())
+def test_a_header_that_lies_is_refused(case: tuple[Any, bytes, str], tmp_path: Path) -> None:
+    header, data, problem = case
+    path = write(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(CheckpointError, match=problem) as raised:
+        Checkpoint.open([path])
+    assert str(path) in str(raised.value) and "again" in str(raised.value)
+    with pytest.raises(SafetensorError):
+        safe_open(path, framework="pt").__enter__()
+
+
+@pytest.mark.parametrize("length", [0, 3, 7])
+def test_a_file_without_a_header_is_refused(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(b"\0" * length)
+    with pytest.raises(CheckpointError, match="too few"):
+        Checkpoint.open([path])
+
+
+@pytest.mark.parametrize("length", [17, 100_000_001, (1 << 64) - 1])
+def test_a_header_length_beyond_the_file_allocates_nothing(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "long.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}" * 8)
+    with pytest.raises(CheckpointError, match="its header claims"):
+        Checkpoint.open([path])
+
+
+def test_a_dtype_that_torch_lacks_is_unsupported_not_broken(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
+    path = write(tmp_path / "f4.safetensors", header, b"\0" * 2)
+    with pytest.raises(UnsupportedCheckpoint, match="F4"):
+        Checkpoint.open([path])
+
+
+def test_a_missing_file_is_named_and_the_others_are_closed(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "there.safetensors")
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors.*Check the path"):
+        Checkpoint.open([tmp_path / "there.safetensors", tmp_path / "gone.safetensors"])
+
+
+def test_a_directory_without_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        Checkpoint.from_path(tmp_path)
+
+
+def test_a_name_that_the_index_promises_must_be_there(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="'b'.*not in the file"):
+        Checkpoint.open([tmp_path / "one.safetensors"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": ".."}}',
+     '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}'],
+)  # fmt: skip
+def test_an_index_that_lies_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not a checkpoint index"):
+        Checkpoint.from_path(tmp_path)
+
+
+def test_ten_thousand_fuzzed_files_are_judged_as_safetensors_judges_them(tmp_path: Path) -> None:
+    """Whatever is accepted here, safetensors accepts, and the other way round."""
+    random_ = random.Random(2)
+    path = tmp_path / "fuzzed.safetensors"
+    save_file({"a": torch.ones(2, 3), "bc": torch.ones(4, dtype=torch.int8)}, path)
+    good = path.read_bytes()
+    judged = {True: 0, False: 0}
+    for _ in range(10_000):
+        path.write_bytes(_mutated(good, random_))
+        ours, theirs = _is_accepted_here(path), _is_accepted_there(path)
+        if ours is not None:
+            assert ours == theirs, path.read_bytes()
+            judged[ours] += 1
+    assert judged[False] > 5000 and judged[True] > 100
+
+
+def _mutated(good: bytes, random_: random.Random) -> bytes:
+    data = bytearray(good)
+    for _ in range(random_.choice((1, 1, 2, 5))):
+        place = random_.randrange(len(data) or 1)
+        action = random_.randrange(4)
+        if action == 0 and data:
+            data[place % len(data)] = random_.choice(b'0123456789"{}[],:-FISU8eE \x00\xff')
+        elif action == 1:
+            del data[place : place + random_.choice((1, 1, 4, 40))]
+        elif action == 2:
+            data[place:place] = random_.choice((b"0", b"-", b",", b'"x":', b"[", b"1e3", b"  "))
+        else:
+            data[place:place] = data[place : place + random_.randrange(30)]
+    if random_.random() < 0.5:  # let the length agree, to get past it
+        data[:8] = struct.pack("<Q", max(0, data.rfind(b"}") + 1 - 8))
+    return bytes(data)
+
+
+def _is_accepted_here(path: Path) -> bool | None:
+    try:
+        Checkpoint.open([path]).close()
+    except UnsupportedCheckpoint:
+        return None
+    except CheckpointError:
+        return False
+    return True
+
+
+def _is_accepted_there(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
