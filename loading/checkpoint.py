@@ -136,20 +136,25 @@ class Checkpoint:
         self.close()
 
     def _check_index(self) -> None:
-        """Every tensor that the index places in one of these shards must be there."""
+        """Every file that an index beside these shards names must exist, with its tensors."""
         opened = {os.path.realpath(shard.file.path): shard for shard in self.shards}
         for folder in {os.path.dirname(path) for path in opened}:
             index = Path(folder, INDEX_NAME)
-            for name, file in _weight_map(index).items() if index.is_file() else ():
+            weight_map = _weight_map(index) if index.is_file() else {}
+            for file in sorted(set(weight_map.values())):
+                if not os.path.exists(os.path.join(folder, file)):
+                    raise CheckpointError(os.path.join(folder, file), f"it is missing; {_TWO}")
+            for name, file in weight_map.items():
                 shard = opened.get(os.path.realpath(os.path.join(folder, file)))
                 if shard and name not in shard.tensors:
-                    raise CheckpointError(
-                        shard.file.path,
-                        f"{INDEX_NAME} places it here, but it is not in the file",
-                        tensor=name,
-                        remedy="The index and the shards are of two checkpoints: download or save "
-                        "both again. WEIGHTLIFT=0 leaves the check to the engine.",
-                    )
+                    problem = f"it is not in the file; {_TWO}"
+                    raise CheckpointError(shard.file.path, problem, tensor=name)
+
+
+_TWO = (
+    f"{INDEX_NAME} places it there, so the index and the shards are of two checkpoints. "
+    "WEIGHTLIFT=0 leaves this check to the engine"
+)
 
 
 def shard_paths(path: Path) -> list[Path]:

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -57,6 +58,32 @@ def stop_after_load(runner_class: Any) -> None:
         raise Loaded(self)
 
     runner_class.load_model = load_and_stop
+
+
+def sabotage(model_class: Any) -> None:
+    """Let a model's loader do to its first weight what cannot be planned."""
+    kind = os.environ.get("HARNESS_SABOTAGE")
+    if not kind:
+        return
+    load_weights = model_class.load_weights
+
+    def load_badly(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        name, first = next(weights)
+        if kind == "data_ptr":
+            first.data_ptr()
+        elif kind == "swallowed":
+            try:
+                first.data_ptr()
+            except RuntimeError:
+                pass
+        elif kind == "rebind":
+            parameter = next(iter(self.parameters()))
+            parameter.data = first.data.view(parameter.dtype)[: parameter.shape[0]]
+        else:
+            self.kept = [first]
+        return load_weights(self, itertools.chain([(name, first)], weights), *args, **kwargs)
+
+    model_class.load_weights = load_badly
 
 
 def fingerprint(model: Any) -> str:
@@ -103,7 +130,11 @@ def load(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     helper._set_envs_and_config(arguments)
     ports = PortArgs.init_new(arguments)
     ports.nccl_port = port
+    if "HARNESS_MAX_GAP" in os.environ:
+        plan = importlib.import_module("weightlift.loading.plan")
+        plan.MAX_GAP = int(os.environ["HARNESS_MAX_GAP"])
     stop_after_load(helper.ModelRunner)
+    sabotage(importlib.import_module("sglang.srt.models.qwen3").Qwen3ForCausalLM)
     given = {
         "server_args": arguments,
         "port_args": ports,
