@@ -74,7 +74,7 @@ def _source_version(location: Path) -> str:
     for file in (location / "version.py", location / "_version.py"):
         try:
             tree = ast.parse(file.read_text())
-        except (OSError, SyntaxError):
+        except (OSError, SyntaxError, ValueError):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -82,6 +82,20 @@ class Result:
     detail: str = ""
 
 
+class OurWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
+    """A wrapper of ours: the mark by which a second install knows the first."""
+
+    def __init__(self, wrapped: Any, wrapper: Wrapper, handle: Handle) -> None:
+        super().__init__(wrapped, wrapper, enabled=lambda: handle.is_on)
+        self._self_handle = handle
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it does anything but pass calls on."""
+        handle: Handle = self._self_handle
+        return handle.is_on
+
+
 @dataclass
 class Handle:
     """A patch that is on. :meth:`undo` takes it off, also from under somebody else's wrapper."""
@@ -90,19 +104,19 @@ class Handle:
     parent: Any
     attribute: str
     original: Any
-    wrapper: Any = None
+    was_inherited: bool
+    wrapper: OurWrapper | None = None
     is_on: bool = field(default=True)
 
     def undo(self) -> None:
         """Put the original back; where another wrapper lies over ours, ours passes calls on."""
         self.is_on = False
-        if vars(self.parent).get(self.attribute) is self.wrapper:
+        if vars(self.parent).get(self.attribute) is not self.wrapper:
+            return
+        if self.was_inherited:
+            delattr(self.parent, self.attribute)
+        else:
             setattr(self.parent, self.attribute, self.original)
-
-
-class OurWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
-    """A wrapper of ours: the mark by which a second install knows the first."""
-
 
 
 def put_on(patches: Sequence[Patch], module: ModuleType) -> tuple[Result, list[Handle]]:
@@ -144,16 +158,30 @@ def _misfit(patch: Patch, module: ModuleType) -> str:
     function = getattr(original, "__func__", original)
     if not callable(function):
         return f"it is a {type(original).__name__}, not a function"
-    accepted = inspect.signature(function).parameters
+    try:
+        accepted = inspect.signature(function).parameters
+    except ValueError as error:
+        return str(error)
     missing = [name for name in patch.parameters if name not in accepted]
     return f"it takes no {', '.join(missing)}" if missing else ""
 
 
 def _wrap(patch: Patch, module: ModuleType) -> Handle | None:
     parent, attribute, original = wrapt.resolve_path(module, patch.path)
-    if isinstance(original, OurWrapper):
+    layers = list(_layers(original))
+    if any(layer.is_on for layer in layers):
         return None
-    handle = Handle(patch, parent, attribute, original)
-    handle.wrapper = OurWrapper(original, patch.wrapper, enabled=lambda: handle.is_on)
+    if layers and layers[0] is original:  # one of ours that was taken off and put back by others
+        original = original.__wrapped__
+    handle = Handle(patch, parent, attribute, original, attribute not in vars(parent))
+    handle.wrapper = OurWrapper(original, patch.wrapper, handle)
     setattr(parent, attribute, handle.wrapper)
     return handle
+
+
+def _layers(function: Any) -> Iterator[OurWrapper]:
+    """The wrappers of ours around a function, the outermost first."""
+    while function is not None:
+        if isinstance(function, OurWrapper):
+            yield function
+        function = getattr(function, "__wrapped__", None)

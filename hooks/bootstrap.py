@@ -43,9 +43,13 @@ def install() -> None:
     with _lock:
         if _state.is_installed:
             return
-        _state.is_installed = True
-        for integration in INTEGRATIONS:
-            _install(integration)
+        _state.is_installed = True  # a module that is imported already is patched right away
+        try:
+            for integration in INTEGRATIONS:
+                _install(integration)
+        except BaseException:
+            uninstall()
+            raise
 
 
 def uninstall() -> None:
@@ -68,7 +72,11 @@ def check(integration: Integration, engine: Engine | None) -> Result:
         return Result(Outcome.NOT_INSTALLED)
     if os.environ.get("WEIGHTLIFT") == "0":
         return Result(Outcome.DISABLED, "WEIGHTLIFT=0")
-    if integration.selected_version(engine, untested=options.settings().untested_versions):
+    try:
+        untested = options.settings().untested_versions
+    except options.OptionError:
+        untested = False  # the load will raise it, where the user is told
+    if integration.selected_version(engine, untested=untested):
         return Result(Outcome.WAITING)
     return Result(
         Outcome.VERSION,

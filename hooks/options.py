@@ -38,6 +38,12 @@ def _whole(text: str, least: int, most: int) -> int:
     return number
 
 
+def _file(text: str) -> str:
+    if text.startswith(("[", "{")):
+        raise ValueError("must be the name of a file")
+    return text
+
+
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="multithread_load",
@@ -65,7 +71,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="report",
-        parse=str,
+        parse=_file,
         env="WEIGHTLIFT_REPORT",
         help="Append one JSON line a load to this file.",
         metavar="FILE",
@@ -113,7 +119,7 @@ def _from_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path) as file:
             content = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise OptionError(f"{CONFIG_ENV}={path}: cannot read it: {error}") from error
     known = {option.name: option for option in OPTIONS}
     if not isinstance(content, dict):
@@ -123,7 +129,9 @@ def _from_yaml(path: str) -> dict[str, Any]:
             f"{path}: unknown key {', '.join(unknown)}; the keys are {', '.join(known)}"
         )
     return {
-        name: _parse(known[name], str(value), f"{path}: {name}") for name, value in content.items()
+        name: _parse(known[name], str(value), f"{path}: {name}")
+        for name, value in content.items()
+        if value is not None
     }
 
 

@@ -138,7 +138,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         """Every file that an index beside these shards names must exist, with its tensors."""
         opened = {os.path.realpath(shard.file.path): shard for shard in self.shards}
-        for folder in {os.path.dirname(path) for path in opened}:
+        for folder in {os.path.dirname(shard.file.path) for shard in self.shards}:
             index = Path(folder, INDEX_NAME)
             weight_map = _weight_map(index) if index.is_file() else {}
             for file in sorted(set(weight_map.values())):
@@ -196,7 +196,13 @@ def _header(file: ShardFile) -> tuple[dict[str, Any], int]:
             file.path, f"its header claims {length} bytes, the file has {file.size}"
         )
     try:
-        header = json.loads(file.read(8, length), object_pairs_hook=_without_duplicates)
+        text = file.read(8, length).decode("utf-8")
+        header = json.loads(
+            text,
+            object_pairs_hook=_without_duplicates,
+            parse_int=_whole_number,
+            parse_constant=_no_number,
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(file.path, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
@@ -208,12 +214,25 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands in it twice")
+    for key in found:
+        key.encode()  # half a surrogate pair is no text
     return found
+
+
+def _whole_number(digits: str) -> int:
+    if digits == "-0":
+        raise ValueError("-0 is no size")
+    return int(digits)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _entries(file: ShardFile, header: dict[str, Any], start: int) -> dict[str, TensorEntry]:
     """The tensors of a header, in file order, once they are found to cover the data exactly."""
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
         raise CheckpointError(file.path, "its __metadata__ is not a map of strings")
     entries = [_entry(file, name, facts, start) for name, facts in header.items()]
@@ -251,6 +270,8 @@ def _entry(file: ShardFile, name: str, facts: Any, start: int) -> TensorEntry:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
         raise fail(f"{facts['dtype']} of shape {shape} takes {nbytes} bytes, not {offsets}")
+    if math.prod(size for size in shape if size) * dtype.itemsize >= 1 << 63:
+        raise UnsupportedCheckpoint(f"{file.path}, tensor {name!r}: shape {shape}")
     return TensorEntry(name, file, dtype, tuple(shape), start + offsets[0], nbytes)
 
 
@@ -264,8 +285,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     """The index's map of tensor names to files of its own folder."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        if any(os.path.basename(file) != file or file in ("", "..") for file in weight_map.values()):
-            raise ValueError("it names files outside its folder")
+        for file in weight_map.values():
+            os.fsencode(file)
+            if os.path.basename(file) != file or file in ("", "..") or "\0" in file:
+                raise ValueError(f"it names {file!r}, which is no file of its folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(str(index), f"not a checkpoint index ({error!r})") from error
     return dict(weight_map)

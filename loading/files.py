@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Sequence
 
@@ -31,14 +32,19 @@ class ShardFile:
         """Open for reading.
 
         Raises:
-            CheckpointError: There is no such file, or it may not be read.
+            CheckpointError: There is no such file, it may not be read, or it is a pipe or device.
         """
+        remedy = "Check the path and its permissions; was the directory deleted meanwhile?"
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            remedy = "Check the path and its permissions; was the directory deleted meanwhile?"
+            # Without blocking: opening a pipe waits for a writer.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:
             raise CheckpointError(path, f"cannot open it ({error})", remedy=remedy) from error
-        return cls(path, descriptor, os.fstat(descriptor).st_size)
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode):
+            os.close(descriptor)
+            raise CheckpointError(path, "it is not a regular file", remedy=remedy)
+        return cls(path, descriptor, facts.st_size)
 
     def read(self, offset: int, length: int) -> bytearray:
         """``length`` bytes from byte ``offset``.

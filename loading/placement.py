@@ -87,11 +87,11 @@ class CudaPlacer:
         self._ring = ring
         self._stream = torch.cuda.Stream(device)
         torch.cuda.set_stream(self._stream)  # of the calling thread, which is this placer's own
-        self._slot = ring.take()
-        half = ring.slot_bytes // 2
-        self._halves = [(part, memory_of(part)) for part in self._slot.split(half)]
         self._busy = [torch.cuda.Event(), torch.cuda.Event()]
         self._scratch: torch.Tensor | None = None
+        self._slot = ring.take(2 * CUDA_WINDOW_BYTES)
+        halves = self._slot.split(CUDA_WINDOW_BYTES)
+        self._halves = [(half, memory_of(half)) for half in halves]
 
     def place(self, window: Window) -> None:
         """Read the window and start its way to the device."""
@@ -99,9 +99,7 @@ class CudaPlacer:
         busy.synchronize()
         if window.ready is not None:
             self._stream.wait_event(window.ready)
-        if window.span > len(half):
-            self._place_oversized(window)
-        elif all(piece.is_packed for piece in window.pieces):
+        if all(piece.is_packed for piece in window.pieces):
             window.file.read_into(window.start, [memory[: window.span]])
             for piece in window.pieces:
                 self._send(piece, source_view(half, window, piece))
@@ -139,20 +137,13 @@ class CudaPlacer:
         else:
             target.copy_(packed.to(self._device, non_blocking=True))
 
-    def _place_oversized(self, window: Window) -> None:
-        """A layout that cannot be cut (a transposed source): all of it by pageable memory."""
-        scratch = torch.empty(window.span, dtype=torch.uint8)
-        window.file.read_into(window.start, [memory_of(scratch)])
-        for piece in window.pieces:
-            piece.target.copy_(source_view(scratch, window, piece).to(self._device))
 
-
-def make_placer(device: torch.device, threads: int) -> Placer:
-    """A placer for the calling thread, one of ``threads``."""
+def make_placer(device: torch.device) -> Placer:
+    """A placer for the calling thread; on CUDA, one for which the ring has reserved a slot."""
     if device.type == "cpu":
         return HostPlacer()
     torch.cuda.set_device(device)
-    return CudaPlacer(device, pinned_ring(2 * CUDA_WINDOW_BYTES, threads))
+    return CudaPlacer(device, pinned_ring())
 
 
 def window_bytes(device: torch.device) -> int:

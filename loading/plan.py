@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -73,17 +73,27 @@ class Transfer:
             self.is_packed and self.target.dtype == self.dtype and self.target.is_contiguous()
         )
 
+    def in_file_order(self) -> Transfer:
+        """The same copy with the dimension first that strides furthest through the file."""
+        order = sorted(range(len(self.shape)), key=lambda dimension: -self.stride[dimension])
+        return replace(
+            self,
+            shape=tuple(self.shape[dimension] for dimension in order),
+            stride=tuple(self.stride[dimension] for dimension in order),
+            target=self.target.permute(order),
+        )
+
     def split(self, most: int) -> Iterator[Transfer]:
-        """The same work in pieces that span at most ``most`` bytes, where the layout allows."""
+        """The same work in pieces that span at most ``most`` bytes, or one element."""
         if self.is_direct:
             yield from self._split_bytes(most)
-        elif self.span <= most or not self.shape or self.stride[0] < max(self.stride):
+        elif self.span <= most or not self.shape:
             yield self
         else:
             yield from self._split_rows(most)
 
     def _split_bytes(self, most: int) -> Iterator[Transfer]:
-        flat = self.target.reshape(-1).view(torch.uint8)
+        flat = self.target.as_strided((self.target.numel(),), (1,)).view(torch.uint8)
         for start in range(0, flat.numel(), most):
             part = flat[start : start + most]
             yield Transfer(

@@ -15,6 +15,7 @@ import torch
 from weightlift.loading.placement import Placer, make_placer, staging_bytes
 from weightlift.loading.plan import Window
 from weightlift.loading.settings import MIB, Settings
+from weightlift.loading.staging import pinned_ring
 
 WINDOWS_AHEAD: Final = 4096
 """Windows planned and not yet placed. A window in the queue holds no data, only references."""
@@ -36,6 +37,8 @@ class ReaderPool:
         self._placed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._under_way = 0
         self._failure: BaseException | None = None
+        if device.type == "cuda":
+            pinned_ring().reserve(self.threads)
         self._workers = [
             threading.Thread(target=self._work, name=f"weightlift-reader-{number}", daemon=True)
             for number in range(self.threads)
@@ -78,6 +81,8 @@ class ReaderPool:
             self._waiting.put(None)
         for worker in self._workers:
             worker.join()
+        if self._device.type == "cuda":
+            pinned_ring().reserve(-self.threads)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -93,7 +98,7 @@ class ReaderPool:
             while (window := self._waiting.get()) is not None:
                 try:
                     if self._failure is None:
-                        placer = placer or make_placer(self._device, self.threads)
+                        placer = placer or make_placer(self._device)
                         placer.place(window)
                 except BaseException as error:  # handed to the thread that waits for the load
                     self._failure = error

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.checkpoint import Checkpoint
-from weightlift.loading.errors import PlanAborted, UnsupportedCheckpoint
+from weightlift.loading.errors import CheckpointError, PlanAborted, UnsupportedCheckpoint
 from weightlift.loading.files import memory_of
-from weightlift.loading.lazy import LazyTensor, PendingGuard, Source, data_of, geometry
+from weightlift.loading.guard import PendingGuard
+from weightlift.loading.lazy import LazyTensor, Source, data_of, geometry
+from weightlift.loading.leftovers import find_lazy, meta_names
 from weightlift.loading.placement import window_bytes
-from weightlift.loading.plan import Plan, Transfer, Window, extent
+from weightlift.loading.plan import Plan, Transfer, extent
 from weightlift.loading.progress import Progress
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.report import LoadReport
@@ -40,14 +44,17 @@ class LoadSession:
 
     def __init__(self, settings: Settings, report: LoadReport) -> None:
         self.report = report
+        self.aborted: PlanAborted | None = None
+        """What made this load one that cannot be planned, also if the loader swallowed it."""
+        self.is_finished = False
         self._settings = settings
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
         self._pools: dict[torch.device, ReaderPool] = {}
         self._plans: dict[torch.device, Plan] = {}
         self._lock = threading.RLock()
         self._is_exhausted = False
-        self.aborted: PlanAborted | None = None
-        """What made this load one that cannot be planned, also if the loader swallowed it."""
+        self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
+        self._process = os.getpid()
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -60,12 +67,8 @@ class LoadSession:
         finally:
             _thread.session = before
 
-    def iterate(
-        self, files: Iterable[str], *, drop_cache: bool = False
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of these shards, lazily: file by file as given, each sorted by name.
-
-        That is the order of the stock iterators, and what some models rely on.
+    def open(self, files: Iterable[str], *, drop_cache: bool = False) -> Checkpoint:
+        """Open shards; they are closed with the session.
 
         Args:
             files: Paths of the shards.
@@ -80,14 +83,32 @@ class LoadSession:
         except UnsupportedCheckpoint as error:
             raise self.abort(PlanAborted(str(error))) from error
         self._checkpoints.append((checkpoint, drop_cache))
-        with Progress(checkpoint.nbytes, self._bytes_read, visible=self.report.rank == 0) as progress:
+        return checkpoint
+
+    def iterate(
+        self, files: Iterable[str], *, drop_cache: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """:meth:`open`, then :meth:`lazies`."""
+        yield from self.lazies(self.open(files, drop_cache=drop_cache))
+
+    def lazies(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of open shards, lazily: file by file as given, each sorted by name.
+
+        That is the order of the stock iterators, and what some models rely on.
+        """
+        is_heard = self.report.rank == 0
+        with Progress(checkpoint.nbytes, self._bytes_read, visible=is_heard) as progress:
             for shard in checkpoint.shards:
                 for name in sorted(shard.tensors):
                     self.report.tensors += 1
                     progress.update()
-                    yield name, Source(shard.tensors[name], self).lazy()
+                    source = Source(shard.tensors[name], self)
+                    self._sources.add(source)
+                    yield name, source.lazy()
 
-    def guard(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def guard(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass the weights on; before their end is told, everything recorded is in place.
 
         What a loader copies after that (it may have collected them all) is copied at once.
@@ -96,19 +117,25 @@ class LoadSession:
         self._is_exhausted = True
         self.flush()
 
-    def finish(self, model: torch.nn.Module) -> None:
-        """Wait for what is under way and make sure that no lazy tensor stays in the model.
+    def finish(self, model: torch.nn.Module, was_meta: frozenset[str] = frozenset()) -> None:
+        """Wait for what is under way and make sure that the model holds data, all of it.
+
+        Args:
+            model: The loaded model.
+            was_meta: Names of what was on the meta device before the load.
 
         Raises:
-            PlanAborted: One does, or a loader did what cannot be planned.
+            PlanAborted: A lazy tensor stays in it, or a loader did what cannot be planned.
             CheckpointError: A shard could not be read.
         """
         self.flush()
         if self.aborted is not None:
             raise self.aborted
-        leftover = find_lazy(model)
+        leftover = find_lazy(model) if len(self._sources) else ""
+        leftover = leftover or min(meta_names(model) - was_meta, default="")
         if leftover:
             raise self.abort(PlanAborted(f"{leftover} of the model was left without its data"))
+        self.is_finished = True
 
     # What lazy tensors report to: see `lazy.Recorder`.
 
@@ -118,15 +145,14 @@ class LoadSession:
         Sources of at most one dimension are copied at once: scales, norms and state-space
         parameters, which some loaders read back (``composed_weight_loader``), are all of them.
         """
-        shape, stride, offset, dtype = geometry(lazy)
+        shape, stride, _, dtype = geometry(lazy)
         if len(shape) < 2 or not _is_plain(target, shape) or lazy.source.realised is not None:
             self.settle([target])
             with torch._C.DisableTorchFunction():
                 target.copy_(data_of(lazy))
             return
-        entry = lazy.source.entry
-        where = entry.offset + offset * dtype.itemsize
-        transfer = Transfer(entry.file, where, dtype, shape, stride, target.detach())
+        file, where = lazy.source.entry.file, self._place_of(lazy)
+        transfer = Transfer(file, where, dtype, shape, stride, target.detach()).in_file_order()
         with self._lock:
             self.report.planned += 1
             self.report.bytes_needed += transfer.nbytes
@@ -136,15 +162,14 @@ class LoadSession:
 
     def read(self, lazy: LazyTensor) -> torch.Tensor:
         """The data of a lazy tensor, on the CPU, in memory of its own."""
-        shape, stride, offset, dtype = geometry(lazy)
+        shape, stride, _, dtype = geometry(lazy)
         with self._lock:
             self.report.materialised += 1
         with torch._C.DisableTorchFunction():
             if 0 in shape:
                 return torch.empty_strided(shape, stride, dtype=dtype)
             data = torch.empty(extent(shape, stride), dtype=dtype)
-            entry = lazy.source.entry
-            entry.file.read_into(entry.offset + offset * dtype.itemsize, [memory_of(data)])
+            lazy.source.entry.file.read_into(self._place_of(lazy), [memory_of(data)])
             with self._lock:
                 self.report.bytes_needed += data.numel() * dtype.itemsize
             return data.as_strided(shape, stride)
@@ -156,7 +181,7 @@ class LoadSession:
                 is_traceable_wrapper_subclass(tensor) or plan.touches(tensor)
                 for tensor in tensors
                 if _has_memory(tensor)
-                for plan in self._plans.values()
+                for plan in list(self._plans.values())
             )
         if touched:
             self.flush()
@@ -180,11 +205,27 @@ class LoadSession:
 
     def __exit__(self, *_: object) -> None:
         self.report.seconds = time.perf_counter() - self.report.started
-        for pool in self._pools.values():
-            pool.close()
-        for checkpoint, drop_cache in self._checkpoints:
+        with ExitStack() as closing:
+            for checkpoint, drop_cache in self._checkpoints:
+                closing.callback(checkpoint.close, drop_cache=drop_cache)
+            for pool in self._pools.values():
+                closing.callback(pool.close)
             self.report.bytes_read = self._bytes_read()
-            checkpoint.close(drop_cache=drop_cache)
+
+    def _place_of(self, lazy: LazyTensor) -> int:
+        """The byte of the file where a lazy tensor's first element lies.
+
+        Raises:
+            CheckpointError: The view reaches beyond its tensor (``as_strided`` lets it).
+        """
+        shape, stride, offset, dtype = geometry(lazy)
+        entry = lazy.source.entry
+        start, length = offset * dtype.itemsize, extent(shape, stride) * dtype.itemsize
+        if 0 not in shape and start + length > entry.nbytes:
+            problem = f"a view of bytes {start} to {start + length} is out of its {entry.nbytes}"
+            remedy = "The model's loader asks for more than is there."
+            raise CheckpointError(entry.file.path, problem, tensor=entry.name, remedy=remedy)
+        return entry.offset + start
 
     def _plan(self, device: torch.device) -> Plan:
         with self._lock:
@@ -195,7 +236,10 @@ class LoadSession:
             return self._plans[device]
 
     def _is_idle(self) -> bool:
-        return all(plan.is_empty for plan in self._plans.values())
+        """Whether nothing is pending here; a forked child has no readers to wait for."""
+        if os.getpid() != self._process:
+            return True
+        return all(plan.is_empty for plan in list(self._plans.values()))
 
     def _bytes_read(self) -> int:
         return sum(
@@ -210,20 +254,9 @@ def _is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
         and target.device.type in ("cpu", "cuda")
         and _has_memory(target)
         and not is_traceable_wrapper_subclass(target)
+        and not (target.is_conj() or target.is_neg())
     )
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.device.type != "meta"
-
-
-def find_lazy(model: torch.nn.Module) -> str:
-    """The qualified name of a lazy tensor among the attributes of the model's modules, or ''."""
-    for prefix, module in model.named_modules():
-        for holder in (module._parameters, module._buffers, vars(module)):
-            for name, value in holder.items():
-                values = value.values() if isinstance(value, dict) else value
-                inside = values if isinstance(value, dict | list | tuple) else (value,)
-                if any(isinstance(item, LazyTensor) for item in inside):
-                    return f"{prefix}.{name}".lstrip(".")
-    return ""

@@ -21,26 +21,38 @@ logger = logging.getLogger("weightlift")
 class PinnedRing:
     """Page-locked slots of equal size, pinned when first needed and handed around from then on.
 
-    Args:
-        slot_bytes: Size of a slot.
+    Who will take slots reserves them first, so that nobody waits for a slot that is not coming.
     """
 
-    def __init__(self, slot_bytes: int) -> None:
-        self.slot_bytes = slot_bytes
-        self.most_slots = 0
+    def __init__(self) -> None:
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._slots: list[torch.Tensor] = []
         self._counting = threading.Lock()
+        self._reserved = 0
         self._pinned = 0
 
-    def take(self) -> torch.Tensor:
-        """A free slot, a flat uint8 CPU tensor; waits for one once there are ``most_slots``."""
+    def reserve(self, slots: int) -> None:
+        """Allow this many more slots to be out at once; fewer, if negative."""
         with self._counting:
-            must_pin = self._free.empty() and self._pinned < self.most_slots
+            self._reserved += slots
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """A slot of ``nbytes``, the same for all: a flat uint8 CPU tensor.
+
+        Raises:
+            OSError: The host has no such memory.
+        """
+        with self._counting:
+            must_pin = self._free.empty() and self._pinned < self._reserved
             self._pinned += must_pin
         if not must_pin:
             return self._free.get()
-        slot = pinned(self.slot_bytes)  # beside the lock: threads touch their pages at once
+        try:
+            slot = pinned(nbytes)  # beside the lock: threads touch their pages at once
+        except BaseException:
+            with self._counting:
+                self._pinned -= 1
+            raise
         self._slots.append(slot)
         return slot
 
@@ -51,13 +63,16 @@ class PinnedRing:
     @property
     def nbytes(self) -> int:
         """Bytes pinned."""
-        return self.slot_bytes * len(self._slots)
+        return sum(slot.numel() for slot in self._slots)
 
     def release(self) -> None:
         """Unpin everything. No load may be under way."""
         for slot in self._slots:
             torch.cuda.cudart().cudaHostUnregister(slot.data_ptr())
         self._slots.clear()
+
+
+_FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 
 def pinned(nbytes: int) -> torch.Tensor:
@@ -67,7 +82,9 @@ def pinned(nbytes: int) -> torch.Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     tensor.zero_()
-    error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, 0)
+    error = torch.cuda.cudart().cudaHostRegister(
+        tensor.data_ptr(), nbytes, _FOR_ALL_DEVICES
+    )
     if int(error):
         logger.warning(
             "weightlift: cannot pin %d bytes (CUDA error %s); loading will be slower. "
@@ -81,13 +98,11 @@ _ring: PinnedRing | None = None
 _making = threading.Lock()
 
 
-def pinned_ring(slot_bytes: int, slots: int) -> PinnedRing:
-    """The ring of this process, which may pin at least ``slots`` slots."""
+def pinned_ring() -> PinnedRing:
+    """The ring of this process."""
     global _ring
     with _making:
-        if _ring is None:
-            _ring = PinnedRing(slot_bytes)
-        _ring.most_slots = max(_ring.most_slots, slots)
+        _ring = _ring or PinnedRing()
         return _ring
 
 

@@ -22,32 +22,27 @@ def load_into(
 ) -> LoadReport:
     """Fill tensors in place from the checkpoint's tensors of the same names.
 
+    Names and shapes are checked before the first byte is written.
+
     Args:
         targets: Tensors on the CPU or on CUDA devices, of the stored shapes; another dtype is
             cast to. Tensors of the checkpoint that are not named here are not read.
         path: A directory of safetensors files, or one file.
-        settings: Threads and memory; chosen if left out.
+        settings: Threads, memory and the report's file; chosen if left out.
 
     Raises:
         CheckpointError: A file is damaged, a target is not in the checkpoint, or shapes differ.
+        PlanAborted: A dtype that this torch does not have.
     """
+    settings = settings or Settings()
     report = LoadReport(phase="load", model_path=os.fspath(path))
-    missing = set(targets)
-    with LoadSession(settings or Settings(), report) as session:
-        files = [os.fspath(file) for file in shard_paths(Path(path))]
-        for name, weight in session.guard(session.iterate(files)):
-            if name not in missing:
-                continue
-            missing.remove(name)
-            _check_shape(weight, targets[name])
-            with torch.no_grad():
+    with LoadSession(settings, report) as session, torch.no_grad():
+        checkpoint = session.open(os.fspath(file) for file in shard_paths(Path(path)))
+        _check(checkpoint, targets, os.fspath(path))
+        for name, weight in session.guard(session.lazies(checkpoint)):
+            if name in targets:
                 targets[name].copy_(weight)
-    if missing:
-        remedy = "Leave it out of the targets, or load another checkpoint."
-        raise CheckpointError(
-            os.fspath(path), "it is not in the checkpoint", tensor=min(missing), remedy=remedy
-        )
-    report.finish("")
+    report.finish(settings.report)
     return report
 
 
@@ -61,10 +56,11 @@ def load(
     Args:
         path: A directory of safetensors files, or one file.
         device: The CPU or a CUDA device.
-        settings: Threads and memory; chosen if left out.
+        settings: Threads, memory and the report's file; chosen if left out.
 
     Raises:
         CheckpointError: A file is missing or damaged.
+        UnsupportedCheckpoint: A dtype that this torch does not have.
     """
     with Checkpoint.from_path(path) as checkpoint:
         tensors = {
@@ -75,7 +71,14 @@ def load(
     return tensors
 
 
-def _check_shape(weight: torch.Tensor, target: torch.Tensor) -> None:
-    if weight.shape != target.shape:
-        problem = f"its shape is {tuple(weight.shape)}, the target's {tuple(target.shape)}"
-        raise CheckpointError(repr(weight), problem, remedy="Load another checkpoint.")
+def _check(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor], path: str) -> None:
+    """Every target is in the checkpoint, with its shape."""
+    entries = {entry.name: entry for entry in checkpoint.entries()}
+    for name, target in targets.items():
+        if name not in entries:
+            remedy = "Leave it out of the targets, or load another checkpoint."
+            raise CheckpointError(path, "it is not in the checkpoint", tensor=name, remedy=remedy)
+        if entries[name].shape != tuple(target.shape):
+            problem = f"its shape is {entries[name].shape}, the target's {tuple(target.shape)}"
+            where, remedy = entries[name].file.path, "Load another checkpoint."
+            raise CheckpointError(where, problem, tensor=name, remedy=remedy)

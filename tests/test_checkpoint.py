@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from pathlib import Path
@@ -76,6 +77,15 @@ BAD_HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "hole": ({"a": F32, "b": {**F32, "data_offsets": [20, 36]}}, b"\0" * 36, "leaves a hole"),
     "truncated": ({"a": F32}, b"\0" * 12, "truncated"),
     "more data": ({"a": F32}, b"\0" * 20, "followed by other data"),
+    "empty metadata list": ({"__metadata__": [], "a": F32}, b"\0" * 16, "__metadata__"),
+    "utf-16": (json.dumps({"a": F32}).encode("utf-16"), b"\0" * 16, "not valid JSON"),
+    "half a surrogate": (
+        b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b"\0",
+        "not valid JSON",
+    ),
+    "NaN": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":NaN}}', b"\0", "NaN"),
+    "minus zero": (b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}', b"", "-0"),
     "metadata is a list": ({"__metadata__": [1], "a": F32}, b"\0" * 16, "__metadata__"),
 }
 
@@ -114,6 +124,31 @@ def test_a_dtype_that_torch_lacks_is_unsupported_not_broken(tmp_path: Path) -> N
         Checkpoint.open([path])
 
 
+def test_a_shape_beyond_what_torch_holds_is_unsupported(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F32", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}}
+    with pytest.raises(UnsupportedCheckpoint, match="shape"):
+        Checkpoint.open([write(tmp_path / "huge.safetensors", header, b"")])
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Checkpoint.open([tmp_path / "pipe.safetensors"])
+
+
+def test_the_index_is_found_beside_links_to_blobs(tmp_path: Path) -> None:
+    """As the Hugging Face cache lays it out."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir(), snapshot.mkdir()
+    save_file({"a": torch.ones(1)}, blobs / "0123")
+    (snapshot / "one.safetensors").symlink_to(blobs / "0123")
+    (snapshot / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"b": "one.safetensors"}})
+    )
+    with pytest.raises(CheckpointError, match="'b'.*not in the file"):
+        Checkpoint.open([snapshot / "one.safetensors"])
+
+
 def test_a_missing_file_is_named_and_the_others_are_closed(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "there.safetensors")
     with pytest.raises(CheckpointError, match=r"gone\.safetensors.*Check the path"):
@@ -136,7 +171,8 @@ def test_a_name_that_the_index_promises_must_be_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     ["{", "[]", '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": ".."}}',
-     '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}'],
+     '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": "x\\u0000y"}}',
+     '{"weight_map": {"a": "x\\ud800y"}}'],
 )  # fmt: skip
 def test_an_index_that_lies_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)

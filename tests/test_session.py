@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 import torch
 
 from weightlift.loading import placement
-from weightlift.loading.errors import PlanAborted
+from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.lazy import LazyTensor
-from weightlift.loading.session import LoadSession, active_session, find_lazy
+from weightlift.loading.leftovers import find_lazy
+from weightlift.loading.session import LoadSession, active_session
 
 Loader = Callable[[torch.Tensor, torch.Tensor], object]
 
@@ -61,6 +64,39 @@ COPIES: dict[str, Loader] = {
     "read back": lambda t, w: (t[:48, :40].copy_(w), t[48:, :40].copy_(t[:48, :40] * 3)),
     "composed": lambda t, w: (t[:48, :40].copy_(w), t.copy_(-torch.exp(t.float()))),
     "copy of a copy": lambda t, w: (t[:48, :40].copy_(w), t[48:, 40:].copy_(t[:48, :40])),
+    "list key": lambda t, w: _setitem(t, ([0, 2], slice(0, 40)), w[:2].to(t)),
+    "index key": lambda t, w: _setitem(t, (torch.tensor([4, 1]), slice(0, 40)), w[:2].to(t)),
+    "mask key": lambda t, w: _setitem(t, t == 0, w[0, 0]),
+    "True as a key": lambda t, w: _setitem(t, (True, slice(0, 48), slice(0, 40)), w.to(t)),
+    "leading ones": lambda t, w: _setitem(t, (slice(0, 48), slice(0, 40)), w[None, None]),
+    "fancy read of the source": lambda t, w: t[:2, :40].copy_(w[[3, 1]]),
+    "mask read of the source": lambda t, w: t[:48, 0].copy_(w[:, 0][[True] * 48]),
+    "fancy read back": lambda t, w: (t[:48, :40].copy_(w), t[48:50].copy_(t[[1, 2]])),
+    "fancy overwrite": lambda t, w: (
+        t[:48, :40].copy_(w),
+        _setitem(t, (torch.tensor([0, 2]), slice(0, 40)), w[5:7].to(t)),
+    ),
+    "add to a target": lambda t, w: (t[:48, :40].copy_(w), t[:48, :40].add_(w.to(t.device))),
+    "select by where": lambda t, w: (
+        t[:48, :40].copy_(w),
+        t[48:, :40].copy_(torch.where(w.to(t) > 0, t[:48, :40], w.to(t))),
+    ),
+    "positional copy": lambda t, w: (
+        w.to("cpu", torch.float32, False, True).zero_(),
+        t[:48, :40].copy_(w),
+    ),
+    "float aliases": lambda t, w: (w.float().mul_(2), t[:48, :40].copy_(w)),
+    "ravel aliases": lambda t, w: (w.ravel()[3:9].zero_(), t[:48, :40].copy_(w)),
+    "xor in place": lambda t, w: (
+        w.view(torch.int32).__ixor__(1),
+        t[:48, :40].copy_(w),
+    ),
+    "view of what was written": lambda t, w: (
+        w[:1].zero_(),
+        t[:1, :20].copy_(w[1:2, 3:13].view(torch.int16)),
+    ),
+    "one element in a column": lambda t, w: t[:1, :1].t().copy_(w[:1, :1]),
+    "moved axes": lambda t, w: t[:40, :48].copy_(w.moveaxis(0, 1)),
     "one column": lambda t, w: t[:48, 0].copy_(w[:, 3]),
 }
 
@@ -220,6 +256,10 @@ ESCAPES: dict[str, Callable[[torch.Tensor], object]] = {
     "data_ptr": lambda w: w.data_ptr(),
     "storage": lambda w: w.untyped_storage(),
     "dlpack": lambda w: torch.from_dlpack(w),
+    "shape in place": lambda w: w.squeeze_(),
+    "out=": lambda w: torch.add(torch.ones(4, 4), 1, out=w),
+    "a list to write to": lambda w: torch._foreach_mul_([w], 2),
+    "init": lambda w: torch.nn.init.constant_(w, 1),
 }
 
 
@@ -249,9 +289,10 @@ def test_rebinding_a_parameter_to_a_lazy_tensor_is_refused(save: Any, open_sessi
         lambda module, lazy: setattr(module, "weight", torch.nn.Parameter(lazy)),
         lambda module, lazy: module.register_buffer("kept", lazy),
         lambda module, lazy: setattr(module, "kept", {"inside": lazy}),
-        lambda module, lazy: setattr(module, "kept", [lazy]),
+        lambda module, lazy: setattr(module, "kept", [("inside", lazy)]),
+        lambda module, lazy: setattr(module, "kept", types.SimpleNamespace(inside=lazy)),
     ],
-    ids=["attribute", "parameter", "buffer", "dict", "list"],
+    ids=["attribute", "parameter", "buffer", "dict", "list of tuples", "object"],
 )
 def test_a_lazy_tensor_left_in_the_model_aborts_the_plan(
     keep: Callable[[torch.nn.Module, torch.Tensor], None], save: Any, open_session: Any
@@ -263,6 +304,62 @@ def test_a_lazy_tensor_left_in_the_model_aborts_the_plan(
         assert find_lazy(model).startswith("0.")
         with pytest.raises(PlanAborted, match="0\\."):
             session.finish(model)
+
+
+def test_a_buffer_made_of_a_lazy_tensor_without_its_data_aborts_the_plan(
+    save: Any, open_session: Any
+) -> None:
+    model = torch.nn.Linear(4, 4)
+    with open_session() as session:
+        ((_, lazy),) = session.guard(session.iterate(save({"weight": torch.randn(4, 4)})))
+        model.register_buffer("kept", torch.Tensor._make_subclass(torch.Tensor, lazy))
+        del lazy
+        with pytest.raises(PlanAborted, match="kept"):
+            session.finish(model)
+
+
+def test_a_lazy_tensor_on_another_device_is_not_written_to(save: Any, open_session: Any) -> None:
+    with open_session() as session:
+        ((_, lazy),) = session.iterate(save({"weight": torch.randn(4, 4)}))
+        assert lazy.to("cpu") is lazy
+        moved = lazy.to("meta")
+        for either in (moved, lazy):
+            with pytest.raises(PlanAborted, match="another device"):
+                either.mul_(2)
+
+
+def test_a_view_beyond_its_tensor_is_refused(save: Any, open_session: Any) -> None:
+    with open_session() as session:
+        for _, lazy in session.iterate(save({"a": torch.ones(4, 4), "b": torch.ones(4, 4)})):
+            with pytest.raises((CheckpointError, RuntimeError), match="out of"):
+                torch.zeros(4, 8).copy_(lazy.as_strided((4, 8), (8, 1)))
+
+
+def test_two_threads_that_write_to_one_source_write_to_one_memory(
+    save: Any, open_session: Any
+) -> None:
+    weight = torch.zeros(64, 64)
+    with open_session() as session, ThreadPoolExecutor(8) as pool:
+        ((_, lazy),) = session.iterate(save({"weight": weight}))
+        list(pool.map(lambda row: lazy[row].fill_(1), range(64)))
+        target = torch.zeros(64, 64)
+        target.copy_(lazy)
+    assert torch.equal(target, torch.ones(64, 64))
+
+
+def test_a_forked_child_does_not_wait_for_readers_that_it_lacks(
+    save: Any, open_session: Any
+) -> None:
+    target = torch.zeros(64, 64)
+    with open_session() as session, session.armed():
+        for _, lazy in session.iterate(save({"weight": torch.randn(64, 64)})):
+            target.copy_(lazy)
+            child = os.fork()
+            if child == 0:
+                target.add_(1)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        session.flush()
 
 
 def test_an_abort_that_a_loader_swallowed_is_not_forgotten(save: Any, open_session: Any) -> None:

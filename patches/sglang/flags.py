@@ -30,15 +30,20 @@ def _add_cli_args(
 def _add_option(group: Any, option: Option, flags: tuple[str, ...]) -> None:
     if option.is_switch:
         on, off = flags
-        group.add_argument(on, dest=option.name, action="store_true", default=None, help=option.help)
+        group.add_argument(on, dest=_destination(option), action="store_true", default=None, help=option.help)
         group.add_argument(
-            off, dest=option.name, action="store_false", default=None, help=f"The opposite of {on}."
+            off, dest=_destination(option), action="store_false", default=None, help=f"The opposite of {on}."
         )
     else:
         (flag,) = flags
         group.add_argument(
-            flag, dest=option.name, type=_argument(option), metavar=option.metavar, help=option.help
+            flag, dest=_destination(option), type=_argument(option), metavar=option.metavar, help=option.help
         )
+
+
+def _destination(option: Option) -> str:
+    """Where the parser keeps it: a name that no field of the engine has."""
+    return f"weightlift_{option.name}"
 
 
 def _argument(option: Option) -> Callable[[str], str]:
@@ -62,7 +67,7 @@ def _from_cli_args(
     given = {
         option.name: value
         for option in context_of("sglang").options
-        if (value := getattr(namespace, option.name, None)) is not None
+        if (value := getattr(namespace, _destination(option), None)) is not None
     }
     extra = keep(given, getattr(namespace, "model_loader_extra_config", None))
     if extra is not None:
@@ -84,16 +89,28 @@ def keep(given: Mapping[str, Any], extra_config: Any) -> Any:
     Raises:
         ValueError: A value makes no sense, or contradicts ``extra_config``.
     """
+    texts = {}
     for option in context_of("sglang").options:
         if option.name in given:
             value = given[option.name]
             text = str(int(value)) if option.is_switch else str(value)
-            option.parse(text)
-            os.environ[option.env] = text
-    switch = given.get("multithread_load")
+            try:
+                option.parse(text)
+            except ValueError as error:
+                raise ValueError(f"{option.name}={value!r} {error}") from error
+            texts[option.env] = text
+    extra_config = _agreeing(given.get("multithread_load"), extra_config)
+    os.environ.update(texts)
+    return extra_config
+
+
+def _agreeing(switch: bool | None, extra_config: Any) -> Any:
+    """The engine's own configuration, made to agree with the switch if that was given."""
     if switch is None:
         return extra_config
     config = json.loads(extra_config or "{}") if not isinstance(extra_config, dict) else extra_config
+    if not isinstance(config, dict):
+        raise ValueError(f"model_loader_extra_config must be a JSON object, not {extra_config}")
     if config.get("enable_multithread_load", switch) != switch:
         raise ValueError(
             f"--{'enable' if switch else 'disable'}-multithread-load contradicts "

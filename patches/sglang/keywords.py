@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +16,45 @@ _MODULE = "sglang.srt.entrypoints.engine"
 def _engine_init(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Take weightlift's keywords out, and start the engine with the others."""
-    given: dict[str, Any] = {}
-    for option in context_of("sglang").options:
-        for position, flag in enumerate(option.flags.get("sglang", ())):
-            keyword = flag.removeprefix("--").replace("-", "_")
-            if keyword in kwargs:
-                value = kwargs.pop(keyword)
-                given[option.name] = bool(value) == (position == 0) if option.is_switch else value
-    extra = keep(given, kwargs.get("model_loader_extra_config"))
+    """Take weightlift's keywords out, and start the engine with the others.
+
+    They hold for this engine alone: the environment, by which its processes get them, is put back.
+    """
+    before = dict(os.environ)
+    extra = keep(_taken_out(kwargs), kwargs.get("model_loader_extra_config"))
     if extra is not None:
         kwargs["model_loader_extra_config"] = extra
-    wrapped(*args, **kwargs)
+    try:
+        wrapped(*args, **kwargs)
+    finally:
+        for option in context_of("sglang").options:
+            if option.env in before:
+                os.environ[option.env] = before[option.env]
+            else:
+                os.environ.pop(option.env, None)
+
+
+def _taken_out(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Remove weightlift's keywords; their values by option name. None says nothing.
+
+    Raises:
+        ValueError: A switch is asked to be on and off.
+    """
+    given: dict[str, Any] = {}
+    for option in context_of("sglang").options:
+        keywords = [flag[2:].replace("-", "_") for flag in option.flags.get("sglang", ())]
+        values = [kwargs.pop(keyword, None) for keyword in keywords]
+        if not option.is_switch:
+            values = [value for value in values if value is not None]
+        else:
+            on, off = values
+            values = [bool(on)] if on is not None else []
+            values += [False] if off else []
+        if len(set(values)) > 1:
+            raise ValueError(f"{' and '.join(keywords)} contradict each other")
+        if values:
+            given[option.name] = values[0]
+    return given
 
 
 PATCHES: tuple[Patch, ...] = (

@@ -19,6 +19,7 @@ import torch
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import CheckpointError, PlanAborted, WeightliftError
+from weightlift.loading.leftovers import meta_names
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
@@ -36,24 +37,37 @@ def _load_weights_and_postprocess(
     settings = context_of("sglang").settings()
     report = _report(model, weights)
     reason = _refusal(model, weights, device, settings)
-    if not reason:
-        session = LoadSession(_with_engine_threads(settings, weights), report)
-        try:
-            with _loading_lazily(model, session):
-                result = wrapped(model, weights, device)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            # Nothing but a lazy tensor may be to blame: what fails natively too fails again.
-            reason, weights = str(session.aborted or repr(error)), weights.restart()
-        else:
-            if not report.tensors:
-                report.fall_back(_insist("it has no safetensors files", settings))
-            report.finish(settings.report)
-            return result
-    report.fall_back(_insist(reason, settings))
-    result = wrapped(model, weights, device)
+    if reason:
+        report.fall_back(_insist(reason, settings))
+        result = wrapped(model, weights, device)
+    else:
+        result = _load_by_plan(wrapped, model, weights, device, report)
     report.finish(settings.report)
+    return result
+
+
+def _load_by_plan(
+    wrapped: Callable[..., Any],
+    model: torch.nn.Module,
+    weights: RestartableWeights,
+    device: torch.device,
+    report: LoadReport,
+) -> Any:
+    """Load with lazy tensors; if the loader cannot do with them, load again with real ones."""
+    settings = context_of("sglang").settings()
+    session = LoadSession(_with_engine_threads(settings, weights), report)
+    try:
+        with _loading_lazily(model, session):
+            result = wrapped(model, weights, device)
+    except Exception as error:
+        # A damaged file stays damaged, and post-processing must not run twice. Anything else
+        # may be a lazy tensor's fault; what is not fails again, with this error as its context.
+        if session.is_finished or isinstance(error, CheckpointError):
+            raise
+        report.fall_back(_insist(str(session.aborted or repr(error)), settings))
+        return wrapped(model, weights.restart(), device)
+    if not report.tensors:
+        report.fall_back(_insist("it has no safetensors files", settings))
     return result
 
 
@@ -134,12 +148,14 @@ def _loading_lazily(model: torch.nn.Module, session: LoadSession) -> Iterator[No
     the iterator and post-processing what was loaded.
     """
     original = model.load_weights
+    was_meta = meta_names(model)
 
     @functools.wraps(original)
     def load_weights(weights: NamedWeights, *args: Any, **kwargs: Any) -> Any:
-        with session, session.armed():
-            result = original(session.guard(weights), *args, **kwargs)
-            session.finish(model)
+        with session:
+            with session.armed():
+                result = original(session.guard(weights), *args, **kwargs)
+            session.finish(model, was_meta)
         return result
 
     before = vars(model).get("load_weights")

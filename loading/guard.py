@@ -1,0 +1,45 @@
+"""Keeps the planning thread from seeing a tensor before its bytes are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+from weightlift.loading.lazy import LazyTensor, Recorder
+from weightlift.loading.operations import COPY, SET_ITEM, is_basic, sees_no_data, tensors_in
+
+
+class PendingGuard(TorchFunctionMode):
+    """Lets no operation of this thread see a real tensor before the transfers into it are done.
+
+    Threads of a loader's own pool have no such guard: there, only operations that take a lazy
+    tensor wait. What such loaders do is copy, and small copies happen at once.
+    """
+
+    def __init__(self, recorder: Recorder, is_idle: Callable[[], bool]) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._is_idle = is_idle
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Settle what this operation reads or writes, then run it."""
+        kwargs = kwargs or {}
+        if not (self._is_idle() or sees_no_data(func, args) or _is_recorded(func, args, kwargs)):
+            tensors = tensors_in((*args, *kwargs.values()))
+            self._recorder.settle([item for item in tensors if not isinstance(item, LazyTensor)])
+        return func(*args, **kwargs)
+
+
+def _is_recorded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this copies a lazy tensor, for which the recorder minds the order."""
+    if func == SET_ITEM:
+        return isinstance(args[2], LazyTensor) and is_basic(args[1])
+    return func == COPY and any(isinstance(item, LazyTensor) for item in (*args[1:], *kwargs.values()))

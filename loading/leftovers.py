@@ -1,0 +1,49 @@
+"""What a load must not leave behind in a model: tensors without data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from weightlift.loading.lazy import LazyTensor
+
+_DEPTH = 4
+
+
+def find_lazy(model: torch.nn.Module) -> str:
+    """The qualified name of what holds a lazy tensor among the modules' attributes, or ''.
+
+    Looks into containers and plain objects (a quantisation method keeps state of its own).
+    """
+    for prefix, module in model.named_modules():
+        for holder in (module._parameters, module._buffers, vars(module)):
+            for name, value in holder.items():
+                if _holds_lazy(value, _DEPTH):
+                    return f"{prefix}.{name}".lstrip(".")
+    return ""
+
+
+def _holds_lazy(value: Any, depth: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return isinstance(value, LazyTensor)
+    if depth == 0 or isinstance(value, torch.nn.Module | str | bytes | int | float | type):
+        return False
+    if isinstance(value, dict):
+        inside = list(value.values())
+    elif isinstance(value, list | tuple | set):
+        inside = list(value)
+    else:
+        inside = list(getattr(value, "__dict__", {}).values())
+    return any(_holds_lazy(item, depth - 1) for item in inside)
+
+
+def meta_names(model: torch.nn.Module) -> frozenset[str]:
+    """Qualified names of the parameters and buffers that are on the meta device."""
+    return frozenset(
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for holder in (module._parameters, module._buffers)
+        for name, tensor in holder.items()
+        if tensor is not None and tensor.is_meta
+    )
