@@ -82,7 +82,7 @@ class Result:
     detail: str = ""
 
 
-class OurWrapper(wrapt.FunctionWrapper):  # type: ignore[misc]
+class OurWrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
     """A wrapper of ours: the mark by which a second install knows the first."""
 
     def __init__(self, wrapped: Any, wrapper: Wrapper, handle: Handle) -> None:
@@ -105,7 +105,7 @@ class Handle:
     attribute: str
     original: Any
     was_inherited: bool
-    wrapper: OurWrapper | None = None
+    wrapper: Any = None
     is_on: bool = field(default=True)
 
     def undo(self) -> None:
@@ -172,7 +172,7 @@ def _wrap(patch: Patch, module: ModuleType) -> Handle | None:
     if any(layer.is_on for layer in layers):
         return None
     if layers and layers[0] is original:  # one of ours that was taken off and put back by others
-        original = original.__wrapped__
+        original = layers[0].__wrapped__
     handle = Handle(patch, parent, attribute, original, attribute not in vars(parent))
     handle.wrapper = OurWrapper(original, patch.wrapper, handle)
     setattr(parent, attribute, handle.wrapper)

@@ -30,7 +30,7 @@ def watch() -> None:
     if EngineWatch in sys.meta_path:
         return
     if ENGINES.isdisjoint(sys.modules):
-        sys.meta_path.insert(0, EngineWatch)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, EngineWatch)
     else:
         wake()
 

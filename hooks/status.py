@@ -94,7 +94,7 @@ def report(name: str) -> None:
     for module in integration.patch_files:
         try:
             importlib.import_module(module)
-        except Exception as error:  # the engine's own trouble; told, and the next one is tried
+        except Exception as error:  # noqa: BLE001 - the engine's own trouble; told, and the next one is tried
             told[module] = (Outcome.FAILED.value, f"cannot be imported: {error!r}")
             continue
         result = bootstrap.results().get(f"{name} {module}")

@@ -80,7 +80,7 @@ def _safetensors_prefetch(path: Path, targets: Targets, device: torch.device) ->
 
 def _fastsafetensors(path: Path, targets: Targets, device: torch.device) -> None:
     os.environ["FASTSAFETENSORS_ODIRECT"] = "0"  # else it reads a warm file at the disk's speed
-    from fastsafetensors import ParallelLoader
+    from fastsafetensors import ParallelLoader  # pyright: ignore[reportMissingImports]
 
     loader = ParallelLoader(
         None,
@@ -98,7 +98,7 @@ def _fastsafetensors(path: Path, targets: Targets, device: torch.device) -> None
 
 def _instanttensor(path: Path, targets: Targets, device: torch.device) -> None:
     os.environ["INSTANTTENSOR_CACHE_BUFFER"] = "1"
-    from instanttensor import BackendPolicy, safe_open
+    from instanttensor import BackendPolicy, safe_open  # pyright: ignore[reportMissingImports]
 
     files = [str(file) for file in shard_paths(path)]
     how = {"device": device.index or 0, "copy": False, "backend": BackendPolicy.BUFFERED}
@@ -109,7 +109,7 @@ def _instanttensor(path: Path, targets: Targets, device: torch.device) -> None:
 
 def _runai_streamer(path: Path, targets: Targets, device: torch.device) -> None:
     os.environ.setdefault("RUNAI_STREAMER_CONCURRENCY", "16")
-    from runai_model_streamer import SafetensorsStreamer
+    from runai_model_streamer import SafetensorsStreamer  # pyright: ignore[reportMissingImports]
 
     with SafetensorsStreamer() as streamer:
         streamer.stream_files([str(file) for file in shard_paths(path)])
@@ -183,7 +183,7 @@ def _measure(
     """Runs in the loader's own process."""
     try:
         timing = _timed(name, path, device, state, calls)
-    except Exception as error:  # a peer's trouble is a row of the table
+    except Exception as error:  # noqa: BLE001 - a peer's trouble is a row of the table
         timing = Timing(name, state, problem=f"{type(error).__name__}: {error}")
     answer.send(timing)  # type: ignore[attr-defined]
 
@@ -247,7 +247,9 @@ def is_equal(path: Path, targets: Targets) -> bool:
         with safe_open(file, framework="pt", device="cpu") as shard:
             for name in shard.keys():  # noqa: SIM118 - it is no dict
                 expected = shard.get_tensor(name).to(targets[name].device)
-                left, right = (item.reshape(-1).view(torch.uint8) for item in (expected, targets[name]))
+                left, right = (
+                    item.reshape(-1).view(torch.uint8) for item in (expected, targets[name])
+                )
                 if not torch.equal(left, right):
                     return False
     return True

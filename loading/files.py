@@ -69,7 +69,9 @@ class ShardFile:
             try:
                 got = os.preadv(self._descriptor, waiting[:IOV_MAX], offset)
             except OSError as error:
-                raise CheckpointError(self.path, f"reading byte {offset} failed: {error}") from error
+                raise CheckpointError(
+                    self.path, f"reading byte {offset} failed: {error}"
+                ) from error
             if got == 0:
                 raise CheckpointError(self.path, f"it ends at byte {offset}: truncated while read")
             with self._counting:

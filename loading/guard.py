@@ -42,4 +42,6 @@ def _is_recorded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     """Whether this copies a lazy tensor, for which the recorder minds the order."""
     if func == SET_ITEM:
         return isinstance(args[2], LazyTensor) and is_basic(args[1])
-    return func == COPY and any(isinstance(item, LazyTensor) for item in (*args[1:], *kwargs.values()))
+    return func == COPY and any(
+        isinstance(item, LazyTensor) for item in (*args[1:], *kwargs.values())
+    )

@@ -33,6 +33,8 @@ from weightlift.loading.operations import (
 )
 from weightlift.loading.plan import extent
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 _CPU = torch.device("cpu")
 _natively = torch._C.DisableTorchFunctionSubclass
 
@@ -45,12 +47,14 @@ class Recorder(Protocol):
 
     def read(self, lazy: LazyTensor) -> torch.Tensor:
         """The data of a lazy tensor, on the CPU, with its shape and strides."""
+        ...
 
     def settle(self, tensors: Iterable[torch.Tensor]) -> None:
         """Return once no transfer into these tensors' storages is under way."""
 
     def abort(self, reason: PlanAborted) -> PlanAborted:
         """Remember that this load cannot be finished by plan, whoever catches the error."""
+        ...
 
 
 class Source:
@@ -119,7 +123,7 @@ class LazyTensor(torch.Tensor):
 def geometry(lazy: LazyTensor) -> tuple[tuple[int, ...], tuple[int, ...], int, torch.dtype]:
     """Shape, strides and storage offset in elements, and dtype, of a lazy tensor."""
     with _natively():
-        return tuple(lazy.shape), lazy.stride(), lazy.storage_offset(), lazy.dtype
+        return tuple(lazy.shape), lazy.stride(), int(lazy.storage_offset()), lazy.dtype
 
 
 def data_of(lazy: LazyTensor) -> torch.Tensor:
@@ -147,7 +151,7 @@ def _is_lazy(value: Any) -> bool:
     return any(isinstance(item, LazyTensor) for item in tensors_in(value))
 
 
-def _run(func: Function, args: Any, kwargs: Any) -> Any:
+def _run(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Run on the data of every lazy argument."""
     if is_in_place(func) and _is_lazy(args[:1] or list(kwargs.values())[:1]):
         if not isinstance(args[0] if args else None, LazyTensor):
@@ -158,7 +162,7 @@ def _run(func: Function, args: Any, kwargs: Any) -> Any:
     return _read_and_run(func, args, kwargs)
 
 
-def _read_and_run(func: Function, args: Any, kwargs: Any) -> Any:
+def _read_and_run(func: Function, args: Args, kwargs: Kwargs) -> Any:
     tensors = list(tensors_in((*args, *kwargs.values())))
     first = next(item for item in tensors if isinstance(item, LazyTensor))
     first.source.recorder.settle([item for item in tensors if not isinstance(item, LazyTensor)])
@@ -169,15 +173,15 @@ def _read_and_run(func: Function, args: Any, kwargs: Any) -> Any:
     return func(*(map_tensors(arg, real) for arg in args), **map_tensors(kwargs, real))
 
 
-def _describe(func: Function, args: Any, kwargs: Any) -> Any:
+def _describe(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Answer from shape, dtype and strides alone."""
     with _natively():
         return func(*args, **kwargs)
 
 
-def _view(func: Function, args: Any, kwargs: Any) -> Any:
+def _view(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Run on the meta tensor; what is no view of it after all runs on the data."""
-    lazy, *others = (*args, *kwargs.values())
+    lazy, *others = [*args, *kwargs.values()]
     if not isinstance(lazy, LazyTensor) or next(tensors_in(others), None) is not None:
         return _read_and_run(func, args, kwargs)
     if func == GET_ITEM and not is_basic(args[1]):
@@ -193,7 +197,7 @@ def _view(func: Function, args: Any, kwargs: Any) -> Any:
     return type(result)(wrapped) if isinstance(result, list | tuple) else wrapped[0]
 
 
-def _move(func: Function, args: Any, kwargs: Any) -> Any:
+def _move(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Stay lazy if nothing but the device is asked to change."""
     lazy, *others = args
     asks_for_copy = kwargs.get("copy") or sum(isinstance(item, bool) for item in others) > 1
@@ -218,24 +222,25 @@ def _probe(argument: Any) -> Any:
     return argument
 
 
-def _copy(func: Function, args: Any, kwargs: Any) -> Any:
-    target, lazy = (*args, kwargs.get("src"))[:2]
+def _copy(func: Function, args: Args, kwargs: Kwargs) -> Any:
+    target, lazy = [*args, *kwargs.values()][:2]
     if isinstance(target, LazyTensor) or not isinstance(lazy, LazyTensor):
         return _run(func, args, kwargs)
     lazy.source.recorder.copy(target, lazy)
     return target
 
 
-def _set_item(func: Function, args: Any, kwargs: Any) -> Any:
+def _set_item(func: Function, args: Args, kwargs: Kwargs) -> Any:
     target, key, lazy = args
     if isinstance(target, LazyTensor):
         _realise(target)
     if isinstance(target, LazyTensor) or not isinstance(lazy, LazyTensor) or not is_basic(key):
         return _read_and_run(func, args, kwargs)
     place = target[key]
-    while lazy.dim() > place.dim() and lazy.shape[0] == 1:  # torch drops them here alone
-        lazy = lazy[0]
-    lazy.source.recorder.copy(place, lazy)
+    weight: Any = lazy
+    while weight.dim() > place.dim() and weight.shape[0] == 1:  # torch drops them here alone
+        weight = weight[0]
+    weight.source.recorder.copy(place, weight)
     return None
 
 
@@ -246,12 +251,12 @@ def _realise(lazy: LazyTensor) -> None:
     lazy.source.realise()
 
 
-def _device(func: Function, args: Any, kwargs: Any) -> Any:
+def _device(func: Function, args: Args, kwargs: Kwargs) -> Any:
     lazy: LazyTensor = args[0]
     return getattr(torch.empty(0, device=lazy.reported_device), DEVICE_GETTERS[func])
 
 
-def _escape(func: Function, args: Any, kwargs: Any) -> Any:
+def _escape(func: Function, args: Args, kwargs: Kwargs) -> Any:
     found = tensors_in((*args, *kwargs.values()))
     lazy = next(item for item in found if isinstance(item, LazyTensor))
     what = getattr(func, "__qualname__", None) or repr(func)
@@ -262,7 +267,7 @@ def _aborted(lazy: LazyTensor, reason: str) -> PlanAborted:
     return lazy.source.recorder.abort(PlanAborted(reason))
 
 
-_HANDLERS: dict[Function, Callable[[Function, Any, Any], Any]] = {
+_HANDLERS: dict[Function, Callable[[Function, Args, Kwargs], Any]] = {
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys(GETTERS, _describe),
     **dict.fromkeys(DEVICE_GETTERS, _device),

@@ -66,7 +66,7 @@ MOVES = frozenset(_named(_T, "to cpu cuda float half bfloat16 double type"))
 
 ESCAPES = frozenset(
     {
-        _T.data.__set__,
+        _T.data.__set__,  # type: ignore[attr-defined]
         *_named(_T, "data_ptr untyped_storage storage _typed_storage set_ share_memory_"),
         *_named(_T, "__dlpack__ is_pinned is_shared numpy squeeze_ unsqueeze_ t_ transpose_"),
         *_named(_T, "resize_ resize_as_ as_strided_ swapaxes_ swapdims_ detach_"),
@@ -76,7 +76,8 @@ ESCAPES = frozenset(
 
 _BLIND = frozenset({*VIEWS, *GETTERS, *DEVICE_GETTERS}) - MAY_COPY
 _IN_PLACE_OPERATORS = frozenset(
-    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+    f"__i{name}__"
+    for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
 )
 
 

@@ -69,9 +69,7 @@ class Transfer:
     @property
     def is_direct(self) -> bool:
         """Whether the bytes can go to the target as they are."""
-        return (
-            self.is_packed and self.target.dtype == self.dtype and self.target.is_contiguous()
-        )
+        return self.is_packed and self.target.dtype == self.dtype and self.target.is_contiguous()
 
     def in_file_order(self) -> Transfer:
         """The same copy with the dimension first that strides furthest through the file."""
@@ -132,7 +130,7 @@ class Window:
     start: int
     stop: int
     pieces: list[Transfer] = field(default_factory=list)
-    ready: torch.cuda.Event | None = None
+    ready: torch.Event | None = None
     """Work on the recording thread's stream that must come before these bytes land."""
 
     @property

@@ -49,8 +49,7 @@ class Progress:
             done, total = self._done() / 1e9, self._total / 1e9
             logger.info("weightlift: %.1f of %.1f GB read", done, total)
             return
-        if self._bar is None:
-            self._bar = _bar(self._total)
+        self._bar = self._bar or _bar(self._total)
         self._bar.update(self._bar.task_ids[0], completed=self._done())
 
 

@@ -100,7 +100,7 @@ class ReaderPool:
                     if self._failure is None:
                         placer = placer or make_placer(self._device)
                         placer.place(window)
-                except BaseException as error:  # handed to the thread that waits for the load
+                except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the load
                     self._failure = error
                 self._placed.put(None)
             if placer is not None:

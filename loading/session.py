@@ -243,7 +243,9 @@ class LoadSession:
 
     def _bytes_read(self) -> int:
         return sum(
-            shard.file.bytes_read for checkpoint, _ in self._checkpoints for shard in checkpoint.shards
+            shard.file.bytes_read
+            for checkpoint, _ in self._checkpoints
+            for shard in checkpoint.shards
         )
 
 

@@ -12,6 +12,7 @@ import mmap
 import os
 import queue
 import threading
+from typing import Any
 
 import torch
 
@@ -68,8 +69,12 @@ class PinnedRing:
     def release(self) -> None:
         """Unpin everything. No load may be under way."""
         for slot in self._slots:
-            torch.cuda.cudart().cudaHostUnregister(slot.data_ptr())
+            _cudart().cudaHostUnregister(slot.data_ptr())
         self._slots.clear()
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()
 
 
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
@@ -82,9 +87,7 @@ def pinned(nbytes: int) -> torch.Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     tensor.zero_()
-    error = torch.cuda.cudart().cudaHostRegister(
-        tensor.data_ptr(), nbytes, _FOR_ALL_DEVICES
-    )
+    error = _cudart().cudaHostRegister(tensor.data_ptr(), nbytes, _FOR_ALL_DEVICES)
     if int(error):
         logger.warning(
             "weightlift: cannot pin %d bytes (CUDA error %s); loading will be slower. "

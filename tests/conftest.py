@@ -40,8 +40,9 @@ def save(tmp_path: Path) -> SaveCheckpoint:
 
 @pytest.fixture
 def open_session() -> OpenSession:
-    def open_session(**settings: int) -> LoadSession:
-        return LoadSession(Settings(num_load_threads=2, **settings), LoadReport())
+    def open_session(staging_mib: int = 256) -> LoadSession:
+        settings = Settings(num_load_threads=2, staging_mib=staging_mib)
+        return LoadSession(settings, LoadReport())
 
     return open_session
 

@@ -98,7 +98,8 @@ def test_a_header_that_lies_is_refused(case: tuple[Any, bytes, str], tmp_path: P
         Checkpoint.open([path])
     assert str(path) in str(raised.value) and "again" in str(raised.value)
     with pytest.raises(SafetensorError):
-        safe_open(path, framework="pt").__enter__()
+        with safe_open(path, framework="pt"):
+            pass
 
 
 @pytest.mark.parametrize("length", [0, 3, 7])
@@ -139,7 +140,8 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
 def test_the_index_is_found_beside_links_to_blobs(tmp_path: Path) -> None:
     """As the Hugging Face cache lays it out."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
-    blobs.mkdir(), snapshot.mkdir()
+    blobs.mkdir()
+    snapshot.mkdir()
     save_file({"a": torch.ones(1)}, blobs / "0123")
     (snapshot / "one.safetensors").symlink_to(blobs / "0123")
     (snapshot / "model.safetensors.index.json").write_text(

@@ -109,7 +109,9 @@ def test_run_becomes_the_command_with_the_settings_in_its_environment(tmp_path: 
 
 
 def test_run_passes_the_exit_status_and_flags_on() -> None:
-    ran = weightlift("run", "--", sys.executable, "-c", "import sys; sys.exit(int(sys.argv[1]))", "7")
+    ran = weightlift(
+        "run", "--", sys.executable, "-c", "import sys; sys.exit(int(sys.argv[1]))", "7"
+    )
     assert ran.returncode == 7
 
 

@@ -82,7 +82,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.symlink_to((TOP / name).readlink())
         elif (TOP / name).exists():
             target.write_bytes((TOP / name).read_bytes())
-    subprocess.run([sys.executable, "-c", code, str(out)], cwd=copy, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=copy, check=True, capture_output=True
+    )
     return out
 
 
@@ -95,7 +97,8 @@ def test_wheel_sdist_and_editable_install_carry_the_start_up_files(built: Path) 
     assert {f"weightlift/{folder}/__init__.py" for folder in FOLDERS} <= names
     assert not any(name.startswith(("tests", "scripts", *FOLDERS)) for name in names)
     (sdist,) = built.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= START_UP | {"CHANGELOG.md", "LICENSE", "loading/session.py", "scripts/test"}
 
 
@@ -135,8 +138,6 @@ def test_switched_off_it_says_so_once_and_patches_nothing(tmp_path: Path) -> Non
 
 
 def test_the_root_folders_are_not_importable_by_their_own_names(tmp_path: Path) -> None:
-    code = "import importlib.util as u; print([u.find_spec(n) for n in %r])" % (FOLDERS,)
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
+    code = f"import importlib.util as u; print([u.find_spec(n) for n in {FOLDERS}])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert ran.stdout.strip() == str([None] * len(FOLDERS))

@@ -27,8 +27,9 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def _setitem(target: torch.Tensor, key: Any, weight: torch.Tensor) -> None:
+def _setitem(target: torch.Tensor, key: Any, weight: torch.Tensor) -> torch.Tensor:
     target[key] = weight
+    return target
 
 
 # Each copies from a [48, 40] weight into a [96, 80] target. The comment says who does so.
@@ -41,7 +42,7 @@ COPIES: dict[str, Loader] = {
     "setitem broadcast": lambda t, w: _setitem(t, slice(0, 4), w[0].repeat(2)),
     "select": lambda t, w: t[3, :40].copy_(w[5]),
     "chunk": lambda t, w: t[:24, :40].copy_(w.chunk(2)[1]),
-    "split": lambda t, w: t[:16, :40].copy_(w.split([16, 32])[0]),
+    "split": lambda t, w: t[:16, :40].copy_(torch.split(w, [16, 32])[0]),
     "unbind": lambda t, w: t[0, :40].copy_(w.unbind()[7]),
     "view": lambda t, w: t[:40, :48].copy_(w.view(40, 48)),
     "reshape to 3-D": lambda t, w: t[:48, :40].view(4, 12, 40).copy_(w.reshape(4, 12, 40)),
@@ -255,10 +256,10 @@ def test_only_the_arming_thread_sees_the_session(open_session: Any) -> None:
 ESCAPES: dict[str, Callable[[torch.Tensor], object]] = {
     "data_ptr": lambda w: w.data_ptr(),
     "storage": lambda w: w.untyped_storage(),
-    "dlpack": lambda w: torch.from_dlpack(w),
+    "dlpack": lambda w: w.__dlpack__(),
     "shape in place": lambda w: w.squeeze_(),
     "out=": lambda w: torch.add(torch.ones(4, 4), 1, out=w),
-    "a list to write to": lambda w: torch._foreach_mul_([w], 2),
+    "a list to write to": lambda w: torch._foreach_mul_([w], 2),  # pyright: ignore[reportPrivateImportUsage]
     "init": lambda w: torch.nn.init.constant_(w, 1),
 }
 
@@ -371,7 +372,9 @@ def test_an_abort_that_a_loader_swallowed_is_not_forgotten(save: Any, open_sessi
             session.finish(torch.nn.Module())
 
 
-def test_targets_that_readers_cannot_write_are_filled_by_torch(save: Any, open_session: Any) -> None:
+def test_targets_that_readers_cannot_write_are_filled_by_torch(
+    save: Any, open_session: Any
+) -> None:
     weight = torch.randn(4, 4)
     meta = torch.empty(4, 4, device="meta")
     sparse_like = torch.zeros(2, 4, 4)

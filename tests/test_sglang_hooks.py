@@ -34,7 +34,11 @@ def run(code: str, tmp_path: Path, version: str = VERSION, **environ: str) -> st
         cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return "\n".join(line for line in ran.stdout.splitlines() if line.startswith("> ")) + "\n" + ran.stderr
+    return (
+        "\n".join(line for line in ran.stdout.splitlines() if line.startswith("> "))
+        + "\n"
+        + ran.stderr
+    )
 
 
 def test_hook_first_twice_undone_and_again_and_in_a_fork(tmp_path: Path) -> None:

@@ -87,9 +87,7 @@ COLUMN_PARALLEL = (*ATTENTION_COLUMNS, "gate_proj", "up_proj")
 
 
 @pytest.mark.parametrize("version", ENDS)
-def test_each_rank_reads_its_part(
-    version: str, checkpoints: dict[str, tuple[Path, Path]]
-) -> None:
+def test_each_rank_reads_its_part(version: str, checkpoints: dict[str, tuple[Path, Path]]) -> None:
     model = checkpoints["qwen3moe"][0]
     exact = {"HARNESS_MAX_GAP": "0"}  # tiny tensors would be read along to save a call
     cases = [

@@ -79,7 +79,9 @@ def _plain(value: Any) -> Any:
 
 
 def _print_status(folder: Path | None, found: list[Any]) -> None:
-    hook = f"in {folder}" if folder else "missing: install weightlift with pip into this environment"
+    hook = (
+        f"in {folder}" if folder else "missing: install weightlift with pip into this environment"
+    )
     out.print(f"weightlift {weightlift.__version__}, start-up hook {hook}", highlight=False)
     table = Table("engine", "installed", "tested", "module", "outcome", "detail")
     for item in found:
@@ -157,7 +159,12 @@ def bench(
         raise _fail(f"no loader {', '.join(unknown)} on {where} here; there are {', '.join(known)}")
     states = ["warm", "cold"] if cold else ["warm"]
     timings = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("Timing loaders", total=len(states) * len(loader or known))
         for timing in benchmark.compare(checkpoint, where, loader or known, states, calls):
@@ -190,7 +197,9 @@ def _print_timings(timings: list[Any], where: Any) -> None:
         equal = "yes" if item.is_equal else "NO"
         table.add_row(item.loader, item.state, first, median, rate, ratio, equal)
     out.print(table)
-    out.print(f"on {where}; speed-up is against safetensors, median against median", highlight=False)
+    out.print(
+        f"on {where}; speed-up is against safetensors, median against median", highlight=False
+    )
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -208,13 +217,19 @@ def run(
     from weightlift.hooks.status import hook_folder
 
     if hook_folder() is None:
-        raise _fail("the start-up hook is missing; install weightlift with pip here, then try again")
+        raise _fail(
+            "the start-up hook is missing; install weightlift with pip here, then try again"
+        )
     given = {
         "WEIGHTLIFT_NUM_LOAD_THREADS": num_load_threads,
         "WEIGHTLIFT_REPORT": report and os.path.abspath(report),
         CONFIG_ENV: config and os.path.abspath(config),
     }
-    environ = {**os.environ, "WEIGHTLIFT": "1", **{key: text for key, text in given.items() if text}}
+    environ = {
+        **os.environ,
+        "WEIGHTLIFT": "1",
+        **{key: text for key, text in given.items() if text},
+    }
     try:
         settings(environ)
     except OptionError as error:

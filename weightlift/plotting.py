@@ -27,7 +27,9 @@ def bar_chart(timings: list[Timing], path: Path) -> None:
     thickness = 0.8 / len(states)
     for number, state in enumerate(states):
         rates = {
-            item.loader: item.nbytes / item.median_s / 1e9 for item in timings if item.state == state
+            item.loader: item.nbytes / item.median_s / 1e9
+            for item in timings
+            if item.state == state
         }
         places = [loaders.index(name) + number * thickness for name in rates]
         bars = axes.barh(places, list(rates.values()), thickness, label=state)

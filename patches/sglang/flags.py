@@ -30,14 +30,24 @@ def _add_cli_args(
 def _add_option(group: Any, option: Option, flags: tuple[str, ...]) -> None:
     if option.is_switch:
         on, off = flags
-        group.add_argument(on, dest=_destination(option), action="store_true", default=None, help=option.help)
         group.add_argument(
-            off, dest=_destination(option), action="store_false", default=None, help=f"The opposite of {on}."
+            on, dest=_destination(option), action="store_true", default=None, help=option.help
+        )
+        group.add_argument(
+            off,
+            dest=_destination(option),
+            action="store_false",
+            default=None,
+            help=f"The opposite of {on}.",
         )
     else:
         (flag,) = flags
         group.add_argument(
-            flag, dest=_destination(option), type=_argument(option), metavar=option.metavar, help=option.help
+            flag,
+            dest=_destination(option),
+            type=_argument(option),
+            metavar=option.metavar,
+            help=option.help,
         )
 
 
@@ -108,7 +118,9 @@ def _agreeing(switch: bool | None, extra_config: Any) -> Any:
     """The engine's own configuration, made to agree with the switch if that was given."""
     if switch is None:
         return extra_config
-    config = json.loads(extra_config or "{}") if not isinstance(extra_config, dict) else extra_config
+    config = (
+        json.loads(extra_config or "{}") if not isinstance(extra_config, dict) else extra_config
+    )
     if not isinstance(config, dict):
         raise ValueError(f"model_loader_extra_config must be a JSON object, not {extra_config}")
     if config.get("enable_multithread_load", switch) != switch:

@@ -44,12 +44,10 @@ def _taken_out(kwargs: dict[str, Any]) -> dict[str, Any]:
     for option in context_of("sglang").options:
         keywords = [flag[2:].replace("-", "_") for flag in option.flags.get("sglang", ())]
         values = [kwargs.pop(keyword, None) for keyword in keywords]
-        if not option.is_switch:
-            values = [value for value in values if value is not None]
-        else:
+        if option.is_switch and keywords:
             on, off = values
-            values = [bool(on)] if on is not None else []
-            values += [False] if off else []
+            values = [None if on is None else bool(on), False if off else None]
+        values = [value for value in values if value is not None]
         if len(set(values)) > 1:
             raise ValueError(f"{' and '.join(keywords)} contradict each other")
         if values:

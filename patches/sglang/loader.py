@@ -141,7 +141,7 @@ def _report(model: torch.nn.Module, weights: Any) -> LoadReport:
 
 
 @contextmanager
-def _loading_lazily(model: torch.nn.Module, session: LoadSession) -> Iterator[None]:
+def _loading_lazily(model: Any, session: LoadSession) -> Iterator[None]:
     """Within this, ``model.load_weights`` gets lazy tensors and returns with all of them in place.
 
     The method is shadowed on the instance, the one point that every release calls between making

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -14,8 +15,6 @@ from safetensors import safe_open
 from weightlift.loading.checkpoint import Checkpoint, shard_paths
 from weightlift.loading.settings import Settings
 from weightlift.loading.state_dict import load_into
-
-from pathlib import Path
 
 
 def ceiling() -> float:
@@ -54,7 +53,7 @@ def main(path: Path) -> None:
     print(f"ceiling {ceiling() / 1e9:.1f} GB/s")
     for file in shard_paths(path):
         with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():
+            for name in shard.keys():  # noqa: SIM118 - it is no dict
                 assert torch.equal(targets[name], shard.get_tensor(name).cuda()), name
     print("every tensor is equal to safetensors'")
 

@@ -93,7 +93,7 @@ def run_cases(
     """Run these cases on a release, in one process that imports it once; outcomes by case name."""
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder, "reports.jsonl")
-        specs = []
+        specs: list[dict[str, Any]] = []
         for case in cases:
             for kind in kinds:
                 spec = case.spec(kind)

@@ -179,7 +179,7 @@ def _write_tokenizer(folder: Path) -> None:
         for number, content in enumerate(("<s>", "</s>"))
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

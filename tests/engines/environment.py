@@ -65,7 +65,9 @@ def base() -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         run(sys.executable, "-m", "venv", folder)
         run(python, "-m", "pip", "install", "-q", TORCH, "uv", "setuptools>=77")
-        run(folder / "bin/uv", "pip", "install", "-q", "-p", python, "--no-deps", "-r", REQUIREMENTS)
+        run(
+            folder / "bin/uv", "pip", "install", "-q", "-p", python, "--no-deps", "-r", REQUIREMENTS
+        )
         declare_torchvision_operators(folder)
         (folder / DONE).touch()
         say(f"  done in {time.monotonic() - started:.0f} s")

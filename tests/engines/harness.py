@@ -106,12 +106,14 @@ def addresses(model: Any) -> list[int]:
 
 def server_arguments(case: dict[str, Any]) -> Any:
     """The engine's own parser on the case's command line."""
-    from sglang.srt.server_args import ServerArgs
+    server_args = importlib.import_module("sglang.srt.server_args")
 
     parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
+    server_args.ServerArgs.add_cli_args(parser)
     command = ["--model-path", case["model"], *FLAGS, "--tp-size", str(case.get("tp", 1))]
-    arguments = ServerArgs.from_cli_args(parser.parse_args([*command, *case.get("args", [])]))
+    arguments = server_args.ServerArgs.from_cli_args(
+        parser.parse_args([*command, *case.get("args", [])])
+    )
     if hasattr(arguments, "resolve_once"):
         arguments.resolve_once()
     return arguments
@@ -119,8 +121,6 @@ def server_arguments(case: dict[str, Any]) -> Any:
 
 def load(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Run one rank of a case."""
-    from sglang.srt.server_args import PortArgs
-
     helper = helper_module()
     if case.get("stock"):
         from weightlift.hooks import bootstrap
@@ -128,10 +128,10 @@ def load(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         bootstrap.uninstall()
     arguments = server_arguments(case)
     helper._set_envs_and_config(arguments)
-    ports = PortArgs.init_new(arguments)
+    ports = importlib.import_module("sglang.srt.server_args").PortArgs.init_new(arguments)
     ports.nccl_port = port
     if "HARNESS_MAX_GAP" in os.environ:
-        plan = importlib.import_module("weightlift.loading.plan")
+        plan: Any = importlib.import_module("weightlift.loading.plan")
         plan.MAX_GAP = int(os.environ["HARNESS_MAX_GAP"])
     stop_after_load(helper.ModelRunner)
     sabotage(importlib.import_module("sglang.srt.models.qwen3").Qwen3ForCausalLM)

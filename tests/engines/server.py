@@ -61,7 +61,15 @@ class Server:
         self._log = log
         self._port = free_port()
         port = ("--port", str(self._port))
-        self._command = [sys.executable, *command, "--model-path", str(model), *FLAGS, *port, *flags]
+        self._command = [
+            sys.executable,
+            *command,
+            "--model-path",
+            str(model),
+            *FLAGS,
+            *port,
+            *flags,
+        ]
         self._environ = {**environment.sglang_environ(version), **(environ or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self.start_s = 0.0
