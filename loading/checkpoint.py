@@ -1,67 +1,20 @@
-"""The index of a checkpoint: which bytes of which file are which tensor.
-
-Headers come from files that anyone may have written. Every size and offset is bounded before it
-is used, with the rules of the safetensors format (https://github.com/huggingface/safetensors):
-8 bytes header length, a JSON header of at most 100 MB, then tensor data without holes.
-"""
+"""A checkpoint: its shards, opened and checked, with an index or without."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from weightlift.loading.errors import CheckpointError, UnsupportedCheckpoint
+from weightlift.loading.errors import CheckpointError
 from weightlift.loading.files import ShardFile
+from weightlift.loading.header import TensorEntry, read_entries
 
-MAX_HEADER_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
 _OPEN_THREADS = 8
-
-_DTYPE_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "U16": "uint16",
-    "I16": "int16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U32": "uint32",
-    "I32": "int32",
-    "F32": "float32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F64": "float64",
-    "C64": "complex64",
-}
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, attribute)
-    for name, attribute in _DTYPE_NAMES.items()
-    if hasattr(torch, attribute)
-}
-"""Safetensors dtype names that this torch has."""
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a shard: ``nbytes`` bytes from byte ``offset`` of the file, row-major."""
-
-    name: str
-    file: ShardFile
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -180,105 +133,10 @@ def open_shard(path: str) -> Shard:
     """
     file = ShardFile.open(path)
     try:
-        return Shard(file, _entries(file, *_header(file)))
+        return Shard(file, read_entries(file))
     except BaseException:
         file.close()
         raise
-
-
-def _header(file: ShardFile) -> tuple[dict[str, Any], int]:
-    """The parsed header, and the byte of the file where tensor data starts."""
-    if file.size < 8:
-        raise CheckpointError(file.path, f"{file.size} bytes are too few for a safetensors file")
-    length = int.from_bytes(file.read(0, 8), "little")
-    if length > min(MAX_HEADER_BYTES, file.size - 8):
-        raise CheckpointError(
-            file.path, f"its header claims {length} bytes, the file has {file.size}"
-        )
-    try:
-        text = file.read(8, length).decode("utf-8")
-        header = json.loads(
-            text,
-            object_pairs_hook=_without_duplicates,
-            parse_int=_whole_number,
-            parse_constant=_no_number,
-        )
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(file.path, f"its header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(file.path, "its header is not a JSON object")
-    return header, 8 + length
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands in it twice")
-    for key in found:
-        key.encode()  # half a surrogate pair is no text
-    return found
-
-
-def _whole_number(digits: str) -> int:
-    if digits == "-0":
-        raise ValueError("-0 is no size")
-    return int(digits)
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _entries(file: ShardFile, header: dict[str, Any], start: int) -> dict[str, TensorEntry]:
-    """The tensors of a header, in file order, once they are found to cover the data exactly."""
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
-        raise CheckpointError(file.path, "its __metadata__ is not a map of strings")
-    entries = [_entry(file, name, facts, start) for name, facts in header.items()]
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-    position = start
-    for entry in entries:
-        if entry.offset != position:
-            what = "overlaps another tensor" if entry.offset < position else "leaves a hole"
-            problem = f"its data starts at byte {entry.offset}, which {what} (expected {position})"
-            raise CheckpointError(file.path, problem, tensor=entry.name)
-        position += entry.nbytes
-    if position != file.size:
-        kind = "truncated" if position > file.size else "followed by other data"
-        problem = f"its tensors end at byte {position}, the file at {file.size}: it is {kind}"
-        raise CheckpointError(file.path, problem)
-    return {entry.name: entry for entry in entries}
-
-
-def _entry(file: ShardFile, name: str, facts: Any, start: int) -> TensorEntry:
-    """One tensor of the header; offsets in it count from the start of the data."""
-
-    def fail(problem: str) -> CheckpointError:
-        return CheckpointError(file.path, problem, tensor=name)
-
-    if not isinstance(facts, dict) or not facts.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise fail("its header entry lacks dtype, shape or data_offsets")
-    shape, offsets = facts["shape"], facts["data_offsets"]
-    if not _are_sizes(shape):
-        raise fail(f"its shape {shape!r} is not a list of sizes")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise fail(f"its data_offsets {offsets!r} are not a range of bytes")
-    dtype = DTYPES.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
-    if dtype is None:
-        raise UnsupportedCheckpoint(f"{file.path}, tensor {name!r}: dtype {facts['dtype']!r}")
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes != offsets[1] - offsets[0]:
-        raise fail(f"{facts['dtype']} of shape {shape} takes {nbytes} bytes, not {offsets}")
-    if math.prod(size for size in shape if size) * dtype.itemsize >= 1 << 63:
-        raise UnsupportedCheckpoint(f"{file.path}, tensor {name!r}: shape {shape}")
-    return TensorEntry(name, file, dtype, tuple(shape), start + offsets[0], nbytes)
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value < 1 << 63 for value in values
-    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

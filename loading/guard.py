@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from weightlift.loading.lazy import LazyTensor, Recorder
+from weightlift.loading.lazy import LazyTensor
 from weightlift.loading.operations import COPY, SET_ITEM, is_basic, sees_no_data, tensors_in
+from weightlift.loading.source import Recorder
 
 
 class PendingGuard(TorchFunctionMode):

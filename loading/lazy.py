@@ -8,14 +8,12 @@ else that needs data reads this one tensor and runs on it, as the stock engine w
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from weightlift.loading.checkpoint import TensorEntry
-from weightlift.loading.errors import PlanAborted
+from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.operations import (
     COPY,
     DEVICE_GETTERS,
@@ -31,7 +29,8 @@ from weightlift.loading.operations import (
     map_tensors,
     tensors_in,
 )
-from weightlift.loading.plan import extent
+from weightlift.loading.source import Source
+from weightlift.loading.transfer import extent
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -39,63 +38,8 @@ _CPU = torch.device("cpu")
 _natively = torch._C.DisableTorchFunctionSubclass
 
 
-class Recorder(Protocol):
-    """Who takes what is done with lazy tensors; a load session."""
-
-    def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
-        """Fill ``target``, now or before the load ends."""
-
-    def read(self, lazy: LazyTensor) -> torch.Tensor:
-        """The data of a lazy tensor, on the CPU, with its shape and strides."""
-        ...
-
-    def settle(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Return once no transfer into these tensors' storages is under way."""
-
-    def abort(self, reason: PlanAborted) -> PlanAborted:
-        """Remember that this load cannot be finished by plan, whoever catches the error."""
-        ...
-
-
-class Source:
-    """A tensor of the checkpoint, shared by all lazy views of it.
-
-    Attributes:
-        entry: Where it is.
-        recorder: The load it belongs to.
-        storage: Identity of the meta storage that its views have in common.
-        realised: Set once a loader wrote into one of the views: from then on they are views of
-            that memory.
-        is_moved: Whether there is a lazy copy of it on another device.
-    """
-
-    __slots__ = (
-        *("__weakref__", "_lock", "_meta", "entry"),
-        *("is_moved", "realised", "recorder", "storage"),
-    )
-
-    def __init__(self, entry: TensorEntry, recorder: Recorder) -> None:
-        self.entry = entry
-        self.recorder = recorder
-        self._meta = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        self.storage: int = self._meta.untyped_storage()._cdata
-        self.realised: torch.Tensor | None = None
-        self.is_moved = False
-        self._lock = threading.Lock()
-
-    def lazy(self) -> LazyTensor:
-        """The whole tensor, lazily."""
-        return _wrap(self._meta, self, _CPU)
-
-    def realise(self) -> None:
-        """Bring the whole tensor's data into memory, to be written to."""
-        with self._lock:
-            if self.realised is None:
-                self.realised = self.recorder.read(self.lazy())
-
-
 class LazyTensor(torch.Tensor):
-    """A view of a checkpoint tensor without its data. Made by :meth:`Source.lazy`."""
+    """A view of a checkpoint tensor without its data. Made by :func:`lazy_tensor`."""
 
     source: Source
     reported_device: torch.device
@@ -120,6 +64,11 @@ class LazyTensor(torch.Tensor):
         raise _aborted(self, f"{self!r} was pickled")
 
 
+def lazy_tensor(source: Source) -> LazyTensor:
+    """The whole tensor, lazily."""
+    return _wrap(source.meta, source, _CPU)
+
+
 def geometry(lazy: LazyTensor) -> tuple[tuple[int, ...], tuple[int, ...], int, torch.dtype]:
     """Shape, strides and storage offset in elements, and dtype, of a lazy tensor."""
     with _natively():
@@ -137,6 +86,22 @@ def data_of(lazy: LazyTensor) -> torch.Tensor:
         memory = source.realised.view(-1).view(torch.uint8)[offset * dtype.itemsize :]
         data = memory[: length * dtype.itemsize].view(dtype).as_strided(shape, stride)
     return data if lazy.reported_device == _CPU else data.to(lazy.reported_device)
+
+
+def place_of(lazy: LazyTensor) -> int:
+    """The byte of the file where a lazy tensor's first element lies.
+
+    Raises:
+        CheckpointError: The view reaches beyond its tensor (``as_strided`` lets it).
+    """
+    shape, stride, offset, dtype = geometry(lazy)
+    entry = lazy.source.entry
+    start, length = offset * dtype.itemsize, extent(shape, stride) * dtype.itemsize
+    if 0 not in shape and start + length > entry.nbytes:
+        problem = f"a view of bytes {start} to {start + length} is out of its {entry.nbytes}"
+        remedy = "The model's loader asks for more than is there."
+        raise CheckpointError(entry.file.path, problem, tensor=entry.name, remedy=remedy)
+    return entry.offset + start
 
 
 def _wrap(meta: torch.Tensor, source: Source, device: torch.device) -> LazyTensor:
@@ -248,7 +213,7 @@ def _realise(lazy: LazyTensor) -> None:
     """A write is coming: the source moves to memory, where all its views see the write."""
     if lazy.source.is_moved:
         raise _aborted(lazy, f"{lazy!r} has a copy on another device and is written to")
-    lazy.source.realise()
+    lazy.source.realise(lazy_tensor(lazy.source))
 
 
 def _device(func: Function, args: Args, kwargs: Kwargs) -> Any:

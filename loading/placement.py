@@ -7,9 +7,10 @@ from typing import Protocol
 import torch
 
 from weightlift.loading.files import Buffer, memory_of
-from weightlift.loading.plan import Transfer, Window
+from weightlift.loading.plan import Window
 from weightlift.loading.settings import MIB
 from weightlift.loading.staging import PinnedRing, pinned_ring
+from weightlift.loading.transfer import Transfer
 
 HOST_WINDOW_BYTES = 16 * MIB
 CUDA_WINDOW_BYTES = 8 * MIB

@@ -1,4 +1,4 @@
-"""Transfers (these bytes of a file into that tensor) and the plan that gathers them into windows.
+"""The plan: transfers gathered into windows of a file.
 
 Bytes move in *windows of a file*, not tensors: neighbours join one window, a large tensor is cut
 into several. A window is handed on as soon as it is full, so reading overlaps planning.
@@ -8,118 +8,18 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from weightlift.loading.files import ShardFile
+from weightlift.loading.transfer import Transfer, extent
 
 MAX_GAP = 64 << 10
 """Unwanted bytes between two tensors that are read along rather than start another window."""
 
 MAX_PIECES = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """Elements of a file that fill ``target``.
-
-    Attributes:
-        file: The shard.
-        offset: Byte of the file where element 0 of the source lies.
-        dtype: Element type in the file.
-        shape: Of the source, equal to the target's.
-        stride: Of the source, in elements.
-        target: The memory to fill, on any device, of any strides and dtype.
-    """
-
-    file: ShardFile
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    target: torch.Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file that are wanted."""
-        return self.target.numel() * self.dtype.itemsize
-
-    @property
-    def span(self) -> int:
-        """Bytes of the file from the first wanted to the last, those between included."""
-        return extent(self.shape, self.stride) * self.dtype.itemsize
-
-    @property
-    def stop(self) -> int:
-        """The byte of the file after the last one."""
-        return self.offset + self.span
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the wanted elements lie in the file as a row-major block."""
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether the bytes can go to the target as they are."""
-        return self.is_packed and self.target.dtype == self.dtype and self.target.is_contiguous()
-
-    def in_file_order(self) -> Transfer:
-        """The same copy with the dimension first that strides furthest through the file."""
-        order = sorted(range(len(self.shape)), key=lambda dimension: -self.stride[dimension])
-        return replace(
-            self,
-            shape=tuple(self.shape[dimension] for dimension in order),
-            stride=tuple(self.stride[dimension] for dimension in order),
-            target=self.target.permute(order),
-        )
-
-    def split(self, most: int) -> Iterator[Transfer]:
-        """The same work in pieces that span at most ``most`` bytes, or one element."""
-        if self.is_direct:
-            yield from self._split_bytes(most)
-        elif self.span <= most or not self.shape:
-            yield self
-        else:
-            yield from self._split_rows(most)
-
-    def _split_bytes(self, most: int) -> Iterator[Transfer]:
-        flat = self.target.as_strided((self.target.numel(),), (1,)).view(torch.uint8)
-        for start in range(0, flat.numel(), most):
-            part = flat[start : start + most]
-            yield Transfer(
-                self.file, self.offset + start, torch.uint8, tuple(part.shape), (1,), part
-            )
-
-    def _split_rows(self, most: int) -> Iterator[Transfer]:
-        step = self.stride[0] * self.dtype.itemsize
-        row = extent(self.shape[1:], self.stride[1:]) * self.dtype.itemsize
-        count = max(1, (most - row) // step + 1) if step else self.shape[0]
-        for start in range(0, self.shape[0], count):
-            part = self.target[start : start + count]
-            rows = Transfer(
-                self.file,
-                self.offset + start * step,
-                self.dtype,
-                tuple(part.shape),
-                self.stride,
-                part,
-            )
-            if count > 1 or row <= most:
-                yield rows
-            else:
-                yield from rows._first_row().split(most)
-
-    def _first_row(self) -> Transfer:
-        shape, stride = self.shape[1:], self.stride[1:]
-        return Transfer(self.file, self.offset, self.dtype, shape, stride, self.target[0])
 
 
 @dataclass(slots=True)
@@ -246,11 +146,6 @@ class Plan:
         window, self._open = self._open, None
         if window is not None:
             self._submit(window)
-
-
-def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a strided block that is not empty."""
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def _addresses(tensor: torch.Tensor) -> tuple[int, int]:

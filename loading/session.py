@@ -13,25 +13,26 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.checkpoint import Checkpoint
-from weightlift.loading.errors import CheckpointError, PlanAborted, UnsupportedCheckpoint
+from weightlift.loading.errors import PlanAborted, UnsupportedCheckpoint
 from weightlift.loading.files import memory_of
 from weightlift.loading.guard import PendingGuard
-from weightlift.loading.lazy import LazyTensor, Source, data_of, geometry
+from weightlift.loading.lazy import LazyTensor, data_of, geometry, lazy_tensor, place_of
 from weightlift.loading.leftovers import find_lazy, meta_names
 from weightlift.loading.placement import window_bytes
-from weightlift.loading.plan import Plan, Transfer, extent
+from weightlift.loading.plan import Plan
 from weightlift.loading.progress import Progress
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
+from weightlift.loading.source import Source
+from weightlift.loading.transfer import Transfer, extent
 
 _thread = threading.local()
 
 
 def active_session() -> LoadSession | None:
     """The session that is armed in this thread, if any."""
-    session: LoadSession | None = getattr(_thread, "session", None)
-    return session
+    return getattr(_thread, "session", None)
 
 
 class LoadSession:
@@ -104,7 +105,7 @@ class LoadSession:
                     progress.update()
                     source = Source(shard.tensors[name], self)
                     self._sources.add(source)
-                    yield name, source.lazy()
+                    yield name, lazy_tensor(source)
 
     def guard(
         self, weights: Iterable[tuple[str, torch.Tensor]]
@@ -151,7 +152,7 @@ class LoadSession:
             with torch._C.DisableTorchFunction():
                 target.copy_(data_of(lazy))
             return
-        file, where = lazy.source.entry.file, self._place_of(lazy)
+        file, where = lazy.source.entry.file, place_of(lazy)
         transfer = Transfer(file, where, dtype, shape, stride, target.detach()).in_file_order()
         with self._lock:
             self.report.planned += 1
@@ -169,7 +170,7 @@ class LoadSession:
             if 0 in shape:
                 return torch.empty_strided(shape, stride, dtype=dtype)
             data = torch.empty(extent(shape, stride), dtype=dtype)
-            lazy.source.entry.file.read_into(self._place_of(lazy), [memory_of(data)])
+            lazy.source.entry.file.read_into(place_of(lazy), [memory_of(data)])
             with self._lock:
                 self.report.bytes_needed += data.numel() * dtype.itemsize
             return data.as_strided(shape, stride)
@@ -211,21 +212,6 @@ class LoadSession:
             for pool in self._pools.values():
                 closing.callback(pool.close)
             self.report.bytes_read = self._bytes_read()
-
-    def _place_of(self, lazy: LazyTensor) -> int:
-        """The byte of the file where a lazy tensor's first element lies.
-
-        Raises:
-            CheckpointError: The view reaches beyond its tensor (``as_strided`` lets it).
-        """
-        shape, stride, offset, dtype = geometry(lazy)
-        entry = lazy.source.entry
-        start, length = offset * dtype.itemsize, extent(shape, stride) * dtype.itemsize
-        if 0 not in shape and start + length > entry.nbytes:
-            problem = f"a view of bytes {start} to {start + length} is out of its {entry.nbytes}"
-            remedy = "The model's loader asks for more than is there."
-            raise CheckpointError(entry.file.path, problem, tensor=entry.name, remedy=remedy)
-        return entry.offset + start
 
     def _plan(self, device: torch.device) -> Plan:
         with self._lock:

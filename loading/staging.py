@@ -46,20 +46,31 @@ class PinnedRing:
         with self._counting:
             must_pin = self._free.empty() and self._pinned < self._reserved
             self._pinned += must_pin
-        if not must_pin:
-            return self._free.get()
+        return self._pin(nbytes) if must_pin else self._free.get()
+
+    def fill(self, slots: int, nbytes: int) -> None:
+        """Pin slots of ``nbytes`` until there are this many, so that takers need not."""
+        while True:
+            with self._counting:
+                if self._pinned >= slots:
+                    return
+                self._pinned += 1
+            self._free.put(self._pin(nbytes))
+
+    def give(self, slot: torch.Tensor) -> None:
+        """Give a slot back, once the device is done with it."""
+        self._free.put(slot)
+
+    def _pin(self, nbytes: int) -> torch.Tensor:
+        """A new slot, already counted. No lock is held: threads touch their pages at once."""
         try:
-            slot = pinned(nbytes)  # beside the lock: threads touch their pages at once
+            slot = pinned(nbytes)
         except BaseException:
             with self._counting:
                 self._pinned -= 1
             raise
         self._slots.append(slot)
         return slot
-
-    def give(self, slot: torch.Tensor) -> None:
-        """Give a slot back, once the device is done with it."""
-        self._free.put(slot)
 
     @property
     def nbytes(self) -> int:

@@ -144,16 +144,17 @@ def bench(
     """Time weightlift against safetensors and the installed peers, and check that all agree."""
     import torch
 
-    from weightlift.loading import benchmark
+    from weightlift.loading.benchmark import compare
     from weightlift.loading.checkpoint import Checkpoint
     from weightlift.loading.errors import WeightliftError
+    from weightlift.loading.peers import LOADERS
 
     try:
         Checkpoint.from_path(checkpoint).close()
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (WeightliftError, RuntimeError) as error:
         raise _fail(str(error)) from error
-    known = [name for name, item in benchmark.LOADERS.items() if item.is_available(where)]
+    known = [name for name, item in LOADERS.items() if item.is_available(where)]
     unknown = sorted(set(loader or ()) - set(known))
     if unknown:
         raise _fail(f"no loader {', '.join(unknown)} on {where} here; there are {', '.join(known)}")
@@ -167,7 +168,7 @@ def bench(
     )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("Timing loaders", total=len(states) * len(loader or known))
-        for timing in benchmark.compare(checkpoint, where, loader or known, states, calls):
+        for timing in compare(checkpoint, where, loader or known, states, calls):
             timings.append(timing)
             progress.advance(task)
     if as_json:

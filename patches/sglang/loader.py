@@ -1,8 +1,9 @@
 """``DefaultModelLoader``: its weights come lazily, and readers put them in place.
 
 The seams are the same in every release from 0.4.9.post2: the static
-``load_weights_and_postprocess`` that every load goes through, the two methods that make the
-iterator it gets, and the safetensors iterators under the names that ``loader.py`` imported.
+``load_weights_and_postprocess`` that every load goes through; and, in ``weights``, the two methods
+that make the iterator it gets, and the safetensors iterators under the names that ``loader.py``
+imported.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.loading.errors import CheckpointError, PlanAborted, WeightliftError
+from weightlift.loading.errors import CheckpointError, WeightliftError
 from weightlift.loading.leftovers import meta_names
+from weightlift.loading.reader import warm_up
 from weightlift.loading.report import LoadReport
-from weightlift.loading.session import LoadSession, active_session
+from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
+from weightlift.patches.sglang import weights as weights_module
 from weightlift.patches.sglang.weights import NamedWeights, RestartableWeights
 
 _MODULE = "sglang.srt.model_loader.loader"
@@ -69,6 +72,17 @@ def _load_by_plan(
     if not report.tensors:
         report.fall_back(_insist("it has no safetensors files", settings))
     return result
+
+
+def _load_model(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Pin staging memory while the engine constructs the model."""
+    settings = context_of("sglang").settings()
+    if settings.multithread_load and type(instance).__name__ == "DefaultModelLoader":
+        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        warm_up(torch.device(call["device_config"].device), settings)
+    return wrapped(*args, **kwargs)
 
 
 def _refusal(model: Any, weights: Any, device: torch.device, settings: Settings) -> str:
@@ -169,54 +183,6 @@ def _loading_lazily(model: Any, session: LoadSession) -> Iterator[None]:
             vars(model)["load_weights"] = before
 
 
-def _get_all_weights(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> RestartableWeights:
-    """The weights of a launch, restartable."""
-    path = inspect.signature(wrapped).bind(*args, **kwargs).arguments["model_config"].model_path
-    make = functools.partial(wrapped, *args, **kwargs)
-    return RestartableWeights(make, instance, str(path), "launch", make())
-
-
-def _get_weights_iterator(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> RestartableWeights:
-    """The weights of one source, restartable; an update gets these."""
-    source = inspect.signature(wrapped).bind(*args, **kwargs).arguments["source"]
-    make = functools.partial(wrapped, *args, **kwargs)
-    return RestartableWeights(make, instance, str(source.model_or_path), "update", make())
-
-
-def _safetensors_iterator(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> NamedWeights:
-    """Lazy tensors if a session is armed when the first is asked for, else the stock iterator.
-
-    An update makes its iterator before the load starts, so the choice cannot be made sooner;
-    LoRA and the expert backup ask outside of any load, and need real tensors.
-    """
-    session = active_session()
-    if session is None:
-        yield from wrapped(*args, **kwargs)
-        return
-    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    if call.get("decryption_key"):
-        raise session.abort(PlanAborted("its files are encrypted"))
-    if call.get("prefetch"):
-        raise session.abort(PlanAborted("--weight-loader-prefetch-checkpoints was asked for"))
-    drop_cache = bool(call.get("drop_cache_after_load"))
-    yield from session.iterate(call["hf_weights_files"], drop_cache=drop_cache)
-
-
-_ITERATOR_NOTES = {
-    "why": "The iterator maps the shards and hands out views: the reading happens page by page in "
-    "the engine's copy, on one thread, into pageable memory, also in the multi-thread variant.",
-    "how": "Within a planned load it yields lazy tensors whose copies become reads of file windows "
-    "by several threads. Outside of one it is the stock iterator.",
-    "upstream": "sgl-project/sglang#39472 is open for updates; reads stay page faults (#37806).",
-    "drop_when": "The engine's iterator reads just the bytes a rank needs, without page faults.",
-}
-
 PATCHES: tuple[Patch, ...] = (
     Patch(
         target=f"{_MODULE}:DefaultModelLoader.load_weights_and_postprocess",
@@ -231,44 +197,14 @@ PATCHES: tuple[Patch, ...] = (
         drop_when="The engine offers a loader interface that its own `--load-format auto` uses.",
     ),
     Patch(
-        target=f"{_MODULE}:DefaultModelLoader._get_all_weights",
+        target=f"{_MODULE}:DefaultModelLoader.load_model",
         versions=">=0.4.9.post2,<0.5.24",
-        wrapper=_get_all_weights,
-        parameters=("model_config", "model"),
-        why="The weights of a launch are a generator: seen once, gone.",
-        how="Keeps how it was made beside it.",
+        wrapper=_load_model,
+        parameters=("model_config", "device_config"),
+        why="A first load waits for its pinned memory, though the model was being constructed.",
+        how="Starts pinning in the background when the engine starts constructing.",
         upstream="Nothing of the kind is proposed.",
         drop_when="The patch of `load_weights_and_postprocess` goes.",
     ),
-    Patch(
-        target=f"{_MODULE}:DefaultModelLoader._get_weights_iterator",
-        versions=">=0.4.9.post2,<0.5.24",
-        wrapper=_get_weights_iterator,
-        parameters=("source",),
-        why="The weights of an update are a generator: seen once, gone.",
-        how="Keeps how it was made beside it.",
-        upstream="Nothing of the kind is proposed.",
-        drop_when="The patch of `load_weights_and_postprocess` goes.",
-    ),
-    Patch(
-        target=f"{_MODULE}:safetensors_weights_iterator",
-        versions=">=0.4.9.post2,<0.5.24",
-        wrapper=_safetensors_iterator,
-        parameters=("hf_weights_files",),
-        **_ITERATOR_NOTES,
-    ),
-    Patch(
-        target=f"{_MODULE}:multi_thread_safetensors_weights_iterator",
-        versions=">=0.4.9.post2,<0.5.9",
-        wrapper=_safetensors_iterator,
-        parameters=("hf_weights_files", "max_workers"),
-        **_ITERATOR_NOTES,
-    ),
-    Patch(
-        target=f"{_MODULE}:buffered_multi_thread_safetensors_weights_iterator",
-        versions=">=0.5.9,<0.5.24",
-        wrapper=_safetensors_iterator,
-        parameters=("hf_weights_files", "max_workers"),
-        **_ITERATOR_NOTES,
-    ),
+    *weights_module.PATCHES,
 )

@@ -1,4 +1,4 @@
-"""The engine's weights, as something that can be asked for again.
+"""``DefaultModelLoader``'s weights: lazy within a planned load, and such that they can be restarted.
 
 ``load_weights_and_postprocess`` gets an iterator that can be run once. A load that turns out
 not to be plannable after half of it was seen has to start over, so the iterator's maker is kept.
@@ -6,11 +6,19 @@ not to be plannable after half of it was seen has to start over, so the iterator
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from weightlift.compat.patch import Patch
+from weightlift.loading.errors import PlanAborted
+from weightlift.loading.session import active_session
+
+_MODULE = "sglang.srt.model_loader.loader"
 
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
 
@@ -49,3 +57,96 @@ class RestartableWeights:
         """What the user gave as ``--model-loader-extra-config``."""
         given = self.loader.load_config.model_loader_extra_config
         return given if isinstance(given, Mapping) else {}
+
+
+def _get_all_weights(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RestartableWeights:
+    """The weights of a launch, restartable."""
+    path = inspect.signature(wrapped).bind(*args, **kwargs).arguments["model_config"].model_path
+    make = functools.partial(wrapped, *args, **kwargs)
+    return RestartableWeights(make, instance, str(path), "launch", make())
+
+
+def _get_weights_iterator(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RestartableWeights:
+    """The weights of one source, restartable; an update gets these."""
+    source = inspect.signature(wrapped).bind(*args, **kwargs).arguments["source"]
+    make = functools.partial(wrapped, *args, **kwargs)
+    return RestartableWeights(make, instance, str(source.model_or_path), "update", make())
+
+
+def _safetensors_iterator(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> NamedWeights:
+    """Lazy tensors if a session is armed when the first is asked for, else the stock iterator.
+
+    An update makes its iterator before the load starts, so the choice cannot be made sooner;
+    LoRA and the expert backup ask outside of any load, and need real tensors.
+    """
+    session = active_session()
+    if session is None:
+        yield from wrapped(*args, **kwargs)
+        return
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    if call.get("decryption_key"):
+        raise session.abort(PlanAborted("its files are encrypted"))
+    if call.get("prefetch"):
+        raise session.abort(PlanAborted("--weight-loader-prefetch-checkpoints was asked for"))
+    drop_cache = bool(call.get("drop_cache_after_load"))
+    yield from session.iterate(call["hf_weights_files"], drop_cache=drop_cache)
+
+
+_ITERATOR_NOTES = {
+    "why": "The iterator maps the shards and hands out views: the reading happens page by page in "
+    "the engine's copy, on one thread, into pageable memory, also in the multi-thread variant.",
+    "how": "Within a planned load it yields lazy tensors whose copies become reads of file windows "
+    "by several threads. Outside of one it is the stock iterator.",
+    "upstream": "sgl-project/sglang#39472 is open for updates; reads stay page faults (#37806).",
+    "drop_when": "The engine's iterator reads just the bytes a rank needs, without page faults.",
+}
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        target=f"{_MODULE}:DefaultModelLoader._get_all_weights",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_get_all_weights,
+        parameters=("model_config", "model"),
+        why="The weights of a launch are a generator: seen once, gone.",
+        how="Keeps how it was made beside it.",
+        upstream="Nothing of the kind is proposed.",
+        drop_when="The patch of `load_weights_and_postprocess` goes.",
+    ),
+    Patch(
+        target=f"{_MODULE}:DefaultModelLoader._get_weights_iterator",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_get_weights_iterator,
+        parameters=("source",),
+        why="The weights of an update are a generator: seen once, gone.",
+        how="Keeps how it was made beside it.",
+        upstream="Nothing of the kind is proposed.",
+        drop_when="The patch of `load_weights_and_postprocess` goes.",
+    ),
+    Patch(
+        target=f"{_MODULE}:safetensors_weights_iterator",
+        versions=">=0.4.9.post2,<0.5.24",
+        wrapper=_safetensors_iterator,
+        parameters=("hf_weights_files",),
+        **_ITERATOR_NOTES,
+    ),
+    Patch(
+        target=f"{_MODULE}:multi_thread_safetensors_weights_iterator",
+        versions=">=0.4.9.post2,<0.5.9",
+        wrapper=_safetensors_iterator,
+        parameters=("hf_weights_files", "max_workers"),
+        **_ITERATOR_NOTES,
+    ),
+    Patch(
+        target=f"{_MODULE}:buffered_multi_thread_safetensors_weights_iterator",
+        versions=">=0.5.9,<0.5.24",
+        wrapper=_safetensors_iterator,
+        parameters=("hf_weights_files", "max_workers"),
+        **_ITERATOR_NOTES,
+    ),
+)

@@ -15,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -57,9 +58,9 @@ def wait_until_up(server: subprocess.Popen[bytes], log: Path) -> None:
     raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
-def run(model: str, out: Path, *, weightlift: bool, name: str) -> dict[str, Any]:
+def run(model: str, logs: Path, *, weightlift: bool, name: str) -> dict[str, Any]:
     """One launch: what its log and its answers tell."""
-    log, report = out / f"{name}.log", out / f"{name}.jsonl"
+    log, report = logs / f"{name}.log", logs / f"{name}.jsonl"
     environ = dict(os.environ, WEIGHTLIFT=str(int(weightlift)), WEIGHTLIFT_REPORT=str(report))
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *FLAGS]
     with log.open("wb") as file:
@@ -97,10 +98,11 @@ def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[2])
     rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 2
     out.mkdir(parents=True, exist_ok=True)
+    logs = Path(tempfile.mkdtemp())
     results = []
     for number in range(rounds * 2 + 1):
         name = "warm-up" if number == 0 else f"launch-{number}"
-        result = run(model, out, weightlift=number % 2 == 1, name=name)
+        result = run(model, logs, weightlift=number % 2 == 1, name=name)
         results.append(result)
         inner = [f"{load['seconds']:.3f}" for load in result["reports"]]
         print(

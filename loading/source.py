@@ -1,0 +1,67 @@
+"""The tensor of a checkpoint behind lazy views, and whom it tells what is done with them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from weightlift.loading.errors import PlanAborted
+from weightlift.loading.header import TensorEntry
+
+if TYPE_CHECKING:
+    from weightlift.loading.lazy import LazyTensor
+
+
+class Recorder(Protocol):
+    """Who takes what is done with lazy tensors; a load session."""
+
+    def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
+        """Fill ``target``, now or before the load ends."""
+
+    def read(self, lazy: LazyTensor) -> torch.Tensor:
+        """The data of a lazy tensor, on the CPU, with its shape and strides."""
+        ...
+
+    def settle(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Return once no transfer into these tensors' storages is under way."""
+
+    def abort(self, reason: PlanAborted) -> PlanAborted:
+        """Remember that this load cannot be finished by plan, whoever catches the error."""
+        ...
+
+
+class Source:
+    """A tensor of the checkpoint, shared by all lazy views of it.
+
+    Attributes:
+        entry: Where it is.
+        recorder: The load it belongs to.
+        meta: Its shape and dtype, on the meta device.
+        storage: Identity of the meta storage that its views have in common.
+        realised: Set once a loader wrote into one of the views: from then on they are views of
+            that memory.
+        is_moved: Whether there is a lazy copy of it on another device.
+    """
+
+    __slots__ = (
+        *("__weakref__", "_lock", "entry", "meta"),
+        *("is_moved", "realised", "recorder", "storage"),
+    )
+
+    def __init__(self, entry: TensorEntry, recorder: Recorder) -> None:
+        self.entry = entry
+        self.recorder = recorder
+        self.meta = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        self.storage: int = self.meta.untyped_storage()._cdata
+        self.realised: torch.Tensor | None = None
+        self.is_moved = False
+        self._lock = threading.Lock()
+
+    def realise(self, whole: LazyTensor) -> None:
+        """Bring the whole tensor's data into memory, to be written to."""
+        with self._lock:
+            if self.realised is None:
+                self.realised = self.recorder.read(whole)
