@@ -141,3 +141,8 @@ def test_the_root_folders_are_not_importable_by_their_own_names(tmp_path: Path) 
     code = f"import importlib.util as u; print([u.find_spec(n) for n in {FOLDERS}])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert ran.stdout.strip() == str([None] * len(FOLDERS))
+
+
+def test_what_is_generated_is_up_to_date() -> None:
+    ran = python(str(TOP / "scripts/docs.py"), "--check")
+    assert ran.returncode == 0, ran.stderr

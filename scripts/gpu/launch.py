@@ -82,6 +82,8 @@ def run(model: str, logs: Path, *, weightlift: bool, name: str) -> dict[str, Any
         server.wait()
     elapsed = re.search(r"Load weight end\. elapsed=([\d.]+)", log.read_text())
     loads = [json.loads(line) for line in report.read_text().splitlines()] if weightlift else []
+    for load in loads:
+        load["model_path"] = Path(load["model_path"]).name
     return {
         "name": name,
         "weightlift": weightlift,
