@@ -33,7 +33,10 @@ def patches() -> str:
 
 def options() -> str:
     """The options as a Markdown table."""
-    lines = ["| option (YAML key) | variable | SGLang flag | what it does |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| option (YAML key) | variable | SGLang flag | what it does |",
+        "| --- | --- | --- | --- |",
+    ]
     for option in OPTIONS:
         flags = ", ".join(
             f"`{flag} {option.metavar}`".replace(" `", "`") if not option.is_switch else f"`{flag}`"

@@ -134,7 +134,8 @@ def bench(
     checkpoint: CheckpointPath,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N. Default: cuda if there.")] = "",
     calls: Annotated[int, typer.Option(help="Calls of each loader.", min=1)] = 5,
-    cold: Annotated[bool, typer.Option(help="Also with the page cache dropped.")] = True,
+    warm: Annotated[bool, typer.Option(help="With the files in the page cache.")] = True,
+    cold: Annotated[bool, typer.Option(help="With the page cache dropped.")] = True,
     loader: Annotated[
         list[str] | None, typer.Option(help="Only these loaders; may be given again.")
     ] = None,
@@ -158,7 +159,9 @@ def bench(
     unknown = sorted(set(loader or ()) - set(known))
     if unknown:
         raise _fail(f"no loader {', '.join(unknown)} on {where} here; there are {', '.join(known)}")
-    states = ["warm", "cold"] if cold else ["warm"]
+    states = ["warm"] * warm + ["cold"] * cold
+    if not states:
+        raise _fail("--no-warm and --no-cold leave nothing to time")
     timings = []
     columns = (
         TextColumn("{task.description}"),

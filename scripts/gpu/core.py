@@ -10,17 +10,19 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from weightlift.loading.checkpoint import Checkpoint, shard_paths
+from weightlift.loading.benchmark import empty_targets, is_equal
 from weightlift.loading.settings import Settings
 from weightlift.loading.state_dict import load_into
+
+DEVICE = torch.device("cuda")
+CALLS = 4
 
 
 def ceiling() -> float:
     """Bytes a second of one long copy from pinned memory."""
     source = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device="cuda")
+    target = torch.empty_like(source, device=DEVICE)
     target.copy_(source)
     torch.cuda.synchronize()
     started = time.perf_counter()
@@ -31,30 +33,25 @@ def ceiling() -> float:
 
 
 def main(path: Path) -> None:
-    """Load with several thread counts, print seconds and rates, check equality once."""
-    with Checkpoint.from_path(path) as checkpoint:
-        nbytes = checkpoint.nbytes
-        targets = {
-            entry.name: torch.zeros(entry.shape, dtype=entry.dtype, device="cuda")
-            for entry in checkpoint.entries()
-        }
-    first = True
-    for threads in (12, 8, 10, 14, 16, 12):
+    """Load with several thread counts, print seconds and rates, check equality."""
+    targets = empty_targets(path, DEVICE)
+    nbytes = sum(target.nbytes for target in targets.values())
+
+    def timed(label: str, threads: int, calls: int) -> None:
         times = []
-        for _ in range(1 if first else 4):
+        for _ in range(calls):
             started = time.perf_counter()
             load_into(targets, path, Settings(num_load_threads=threads))
-            torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
         rates = " ".join(f"{nbytes / seconds / 1e9:.1f}" for seconds in times)
-        label = "first call" if first else f"{threads} threads"
         print(f"{label:12s} {' '.join(f'{s:.3f}' for s in times)} s   {rates} GB/s", flush=True)
-        first = False
+
+    timed("first call", 12, 1)
+    for threads in (8, 10, 12, 14, 16):
+        timed(f"{threads} threads", threads, CALLS)
     print(f"ceiling {ceiling() / 1e9:.1f} GB/s")
-    for file in shard_paths(path):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - it is no dict
-                assert torch.equal(targets[name], shard.get_tensor(name).cuda()), name
+    if not is_equal(path, targets):
+        raise SystemExit("a tensor differs from safetensors'")
     print("every tensor is equal to safetensors'")
 
 
