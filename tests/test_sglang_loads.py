@@ -82,6 +82,19 @@ def half_a_row(weight: torch.Tensor) -> torch.Tensor:
     return weight[0, ::2]
 
 
+@pytest.mark.parametrize("version", ("0.5.3.post3", "0.5.9", "0.5.17", "0.5.23"))
+def test_stored_fp8_is_loaded_as_it_is(version: str, tmp_path: Path) -> None:
+    """Up to post-processing, which needs AMX on a CPU, as DeepSeek's does within its load."""
+    cases = []
+    for kind in ("qwen3", "qwen3moe"):
+        model = make_checkpoint(tmp_path / kind, kind, 0, block_fp8=True)
+        for ranks in (1, 2):
+            env = {"HARNESS_SKIP_POST_PROCESSING": "1"}
+            cases.append(Case(f"{kind} tp{ranks}", model, tp=ranks, env=env))
+    for name, outcome in run_cases(version, cases).items():
+        assert outcome.verdict == "same", (name, outcome.told, outcome.reports)
+
+
 ATTENTION_COLUMNS = ("q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head")
 COLUMN_PARALLEL = (*ATTENTION_COLUMNS, "gate_proj", "up_proj")
 
@@ -191,6 +204,13 @@ def _drop_a_tensor(file: Path) -> None:
     save_file(tensors, file)
 
 
+def _store_another_dtype(file: Path) -> None:
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].float() + 1 / 3
+    save_file(tensors, file)
+
+
 def _widen_a_tensor(file: Path) -> None:
     tensors = load_file(file)
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(72, 64).bfloat16()
@@ -202,6 +222,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "lying header": (_lie_about_the_header, "its header claims"),
     "missing tensor": (_drop_a_tensor, "not in the file"),
     "wrong shape": (_widen_a_tensor, ""),  # the engine's own complaint, natively as well
+    "other dtype": (_store_another_dtype, ""),  # the engine casts
     "missing shard": (Path.unlink, "missing"),
 }
 

@@ -153,6 +153,8 @@ def bench(
     try:
         Checkpoint.from_path(checkpoint).close()
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if where == torch.device("cuda"):  # some peers want to know which
+            where = torch.device("cuda", torch.cuda.current_device())
     except (WeightliftError, RuntimeError) as error:
         raise _fail(str(error)) from error
     known = [name for name, item in LOADERS.items() if item.is_available(where)]

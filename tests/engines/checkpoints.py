@@ -15,6 +15,13 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD, INNER, VOCABULARY = 64, 2, 4, 2, 16, 128,
 EXPERTS, EXPERT_INNER = 4, 64
 Q_RANK, KV_RANK, NOPE, ROPE, VALUE = 48, 32, 16, 16, 16
 SHARDS = 2
+BLOCK = 16
+QUANTIZATION = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
 
 COMMON: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -145,11 +152,28 @@ def tensors(kind: str) -> Iterator[tuple[str, torch.Tensor]]:
     yield "lm_head.weight", _matrix(VOCABULARY, HIDDEN)
 
 
-def make_checkpoint(folder: Path, kind: str, seed: int, **config: Any) -> Path:
-    """Write a model of this kind; returns the folder. ``config`` overrides ``config.json``."""
+def in_blocks_of_fp8(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The projections as FP8 with a scale for each block, as DeepSeek-V3 is stored."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in named.items():
+        if name.endswith("proj.weight"):
+            rows, columns = (size // BLOCK for size in tensor.shape)
+            stored[name] = tensor.to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = torch.rand(rows, columns) + 0.5
+        else:
+            stored[name] = tensor
+    return dict(sorted(stored.items()))
+
+
+def make_checkpoint(folder: Path, kind: str, seed: int, *, block_fp8: bool = False) -> Path:
+    """Write a model of this kind; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     named = dict(sorted(tensors(kind)))
+    config = {**COMMON, **CONFIGS[kind]}
+    if block_fp8:
+        named = in_blocks_of_fp8(named)
+        config["quantization_config"] = QUANTIZATION
     names = list(named)
     weight_map = {}
     size = -(-len(names) // SHARDS)
@@ -160,7 +184,7 @@ def make_checkpoint(folder: Path, kind: str, seed: int, **config: Any) -> Path:
         weight_map.update(dict.fromkeys(part, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({**COMMON, **CONFIGS[kind], **config}))
+    (folder / "config.json").write_text(json.dumps(config))
     tokens = {"bos_token_id": 256, "eos_token_id": 257, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(tokens))
     _write_tokenizer(folder)

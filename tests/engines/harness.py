@@ -86,6 +86,15 @@ def sabotage(model_class: Any) -> None:
     model_class.load_weights = load_badly
 
 
+def skip_post_processing() -> None:
+    """Leave FP8 weights as they were loaded; on a CPU, their post-processing needs AMX."""
+    if "HARNESS_SKIP_POST_PROCESSING" not in os.environ:
+        return
+    fp8 = importlib.import_module("sglang.srt.layers.quantization.fp8")
+    for method in (fp8.Fp8LinearMethod, fp8.Fp8MoEMethod):
+        method.process_weights_after_loading = lambda self, layer: None
+
+
 def fingerprint(model: Any) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers."""
     import torch
@@ -134,6 +143,7 @@ def load(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         plan: Any = importlib.import_module("weightlift.loading.plan")
         plan.MAX_GAP = int(os.environ["HARNESS_MAX_GAP"])
     stop_after_load(helper.ModelRunner)
+    skip_post_processing()
     sabotage(importlib.import_module("sglang.srt.models.qwen3").Qwen3ForCausalLM)
     given = {
         "server_args": arguments,
