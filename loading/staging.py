@@ -43,10 +43,14 @@ class PinnedRing:
         Raises:
             OSError: The host has no such memory.
         """
-        with self._counting:
-            must_pin = self._free.empty() and self._pinned < self._reserved
-            self._pinned += must_pin
-        return self._pin(nbytes) if must_pin else self._free.get()
+        while True:
+            with self._counting:
+                must_pin = self._free.empty() and self._pinned < self._reserved
+                self._pinned += must_pin
+            if must_pin:
+                return self._pin(nbytes)
+            with contextlib.suppress(queue.Empty):  # who was pinning it may have failed
+                return self._free.get(timeout=_LOOK_AGAIN_SECONDS)
 
     def fill(self, slots: int, nbytes: int) -> None:
         """Pin slots of ``nbytes`` until there are this many, so that takers need not."""
@@ -72,22 +76,12 @@ class PinnedRing:
         self._slots.append(slot)
         return slot
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes pinned."""
-        return sum(slot.numel() for slot in self._slots)
-
-    def release(self) -> None:
-        """Unpin everything. No load may be under way."""
-        for slot in self._slots:
-            _cudart().cudaHostUnregister(slot.data_ptr())
-        self._slots.clear()
-
 
 def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
+_LOOK_AGAIN_SECONDS = 1.0
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 
@@ -118,15 +112,6 @@ def pinned_ring() -> PinnedRing:
     with _making:
         _ring = _ring or PinnedRing()
         return _ring
-
-
-def release_pinned_memory() -> None:
-    """Unpin what weightlift keeps between loads; the next load pins it again."""
-    global _ring
-    with _making:
-        if _ring is not None:
-            _ring.release()
-            _ring = None
 
 
 def _forget() -> None:
