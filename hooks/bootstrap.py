@@ -108,7 +108,11 @@ def _install(integration: Integration) -> None:
 def _patch(
     integration: Integration, engine: Engine, patch_file: str, key: str, module: ModuleType
 ) -> None:
-    """Runs when a target module has been imported. An error here would fail the engine's import."""
+    """Runs when a target module has been imported. An error here fails the engine's import.
+
+    Raises:
+        RuntimeError: The patches do not fit, and the user asked for what they do.
+    """
     with _lock:
         if not _state.is_installed:
             return
@@ -122,5 +126,9 @@ def _patch(
             result, handles = Result(Outcome.FAILED, repr(error)), []
         _state.results[key] = result
         _state.handles += handles
-        if result.outcome is not Outcome.APPLIED:
-            logger.warning("weightlift: %s stays stock: %s", module.__name__, result.detail)
+    if result.outcome is Outcome.APPLIED:
+        return
+    problem = f"{module.__name__} stays stock: {result.detail}"
+    if options.insists_on_multithread_load():
+        raise RuntimeError(f"multithread load was asked for and cannot be had: {problem}")
+    logger.warning("weightlift: %s", problem)

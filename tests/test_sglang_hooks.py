@@ -145,3 +145,26 @@ def test_status_tells_what_became_of_each_patch() -> None:
     for text in ("0.5.23", LOADER, "sglang.srt.server_args", "sglang.srt.entrypoints.engine"):
         assert text in ran.stdout
     assert ran.stdout.count("applied") == 3
+
+
+MISFIT = f"""
+import sys
+from weightlift.hooks import bootstrap
+from weightlift.compat import patch
+patch._misfit = lambda record, module: "not what was expected" if "{LOADER}" == module.__name__ else ""
+import {LOADER} as loader
+print("> ", {IS_OURS}, bootstrap.results()["sglang {LOADER}"].outcome.value)
+"""
+
+
+def test_a_target_of_another_shape_stays_stock(tmp_path: Path) -> None:
+    told = run(MISFIT, tmp_path)
+    assert ">  staticmethod function shape" in told
+    assert f"{LOADER} stays stock" in told and "not what was expected" in told
+
+
+def test_a_target_of_another_shape_is_an_error_if_asked_for(tmp_path: Path) -> None:
+    asked = f"import os; os.environ['WEIGHTLIFT_MULTITHREAD_LOAD'] = '1'\n{MISFIT}"
+    code = "try:\n" + "".join(f"    {line}\n" for line in asked.splitlines())
+    code += "except RuntimeError as error:\n    print('> ', error)\n"
+    assert "multithread load was asked for and cannot be had" in run(code, tmp_path)

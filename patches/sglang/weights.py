@@ -32,21 +32,20 @@ class RestartableWeights:
         loader: The engine's loader that made it.
         model_path: Where the weights come from.
         phase: ``launch`` or ``update``.
+        iterator: The one that is being run.
     """
 
     make: Callable[[], NamedWeights]
     loader: Any
     model_path: str
     phase: str
-    _iterator: NamedWeights | None = field(default=None, repr=False)
+    iterator: NamedWeights = field(repr=False)
 
     def __iter__(self) -> RestartableWeights:
         return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
-        if self._iterator is None:
-            self._iterator = iter(self.make())
-        return next(self._iterator)
+        return next(self.iterator)
 
     def restart(self) -> NamedWeights:
         """The weights from the first on, whatever was taken from this iterator."""
