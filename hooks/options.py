@@ -58,15 +58,15 @@ OPTIONS: tuple[Option, ...] = (
         name="num_load_threads",
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
-        help="Reader threads of each process that loads. Default: one a usable core, 12 at most.",
+        help="Reader threads of each process that loads. Default: one a usable core, from 2 to 12.",
         flags={"sglang": ("--num-load-threads",)},
         metavar="N",
     ),
     Option(
         name="staging_mib",
-        parse=lambda text: _whole(text, 8, MOST_STAGING_MIB),
+        parse=lambda text: _whole(text, 16, MOST_STAGING_MIB),
         env="WEIGHTLIFT_STAGING_MIB",
-        help="Most host memory in MiB for bytes in flight, a process. Default: 256.",
+        help="Most host memory in MiB for bytes in flight to one device. Default: 256.",
         metavar="MIB",
     ),
     Option(

@@ -1,13 +1,13 @@
 """What runs at the start of every interpreter: it waits for an engine to be imported.
 
 Called by ``weightlift.pth`` (up to Python 3.14) or ``weightlift.start`` (PEP 829, from 3.15). It
-imports nothing but ``os`` and ``sys``, never raises and never exits; ``WEIGHTLIFT=0`` ends it.
+imports nothing but ``os`` and ``sys``, never raises and never exits.
 """
 
 import os
 import sys
 
-ENGINES = frozenset({"sglang", "vllm", "vllm_omni"})
+ENGINES = frozenset({"sglang"})
 
 
 class EngineWatch:
@@ -26,7 +26,7 @@ class EngineWatch:
 
 
 def watch() -> None:
-    """Watch for engine imports, unless ``WEIGHTLIFT=0``."""
+    """Watch for engine imports. With ``WEIGHTLIFT=0``, all that comes of one is a log line."""
     if EngineWatch in sys.meta_path:
         return
     if ENGINES.isdisjoint(sys.modules):

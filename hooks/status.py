@@ -50,7 +50,9 @@ class EngineStatus:
 
 def hook_folder() -> Path | None:
     """The site folder that holds the start-up files, or None if no interpreter will see them."""
-    folders = [*site.getsitepackages(), site.getusersitepackages()]
+    folders = site.getsitepackages()
+    if site.ENABLE_USER_SITE:
+        folders = [*folders, site.getusersitepackages()]
     for folder in map(Path, folders):
         if all((folder / name).is_file() for name in START_UP_FILES):
             return folder

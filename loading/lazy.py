@@ -170,7 +170,8 @@ def _move(func: Function, args: Args, kwargs: Kwargs) -> Any:
         return _read_and_run(func, args, kwargs)
     dtype = geometry(lazy)[3]
     # What an empty tensor would become tells the device and dtype that are asked for.
-    probe = func(torch.empty(0, dtype=dtype), *map(_probe, others), **kwargs)
+    here = torch.empty(0, dtype=dtype, device=lazy.reported_device)
+    probe = func(here, *map(_probe, others), **kwargs)
     if not isinstance(probe, torch.Tensor) or probe.dtype != dtype or "memory_format" in kwargs:
         return _read_and_run(func, args, kwargs)
     if probe.device == lazy.reported_device:

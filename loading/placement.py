@@ -15,7 +15,7 @@ from weightlift.loading.transfer import Transfer
 HOST_WINDOW_BYTES = 16 * MIB
 CUDA_WINDOW_BYTES = 8 * MIB
 """On an H200 (PCIe 5 x16, ceiling 55.5 GB/s) a bare loop of 12 threads reaches 52.6 GB/s with 4 MiB,
-53.8 with 8 and 54.2 with 8 threads of 16; with the plan's Python beside it, 4 MiB fall to 30."""
+53.8 with 8 and 54.2 with 8 threads of 16; with the plan's Python beside it, 4 MiB fall to 27 to 30."""
 
 _ALIGNMENT = 16
 
@@ -112,8 +112,10 @@ class CudaPlacer:
 
     def close(self) -> None:
         """Wait for the device and give the pinned slot back."""
-        self._stream.synchronize()
-        self._ring.give(self._slot)
+        try:
+            self._stream.synchronize()
+        finally:
+            self._ring.give(self._slot)
 
     def _gather(self, window: Window, half: torch.Tensor) -> None:
         """Read into pageable scratch, then pack what is wanted into pinned memory."""

@@ -86,6 +86,7 @@ class Plan:
         self._written = [Intervals()]
         self._waves: list[list[Transfer]] = []
         self._storages: set[int] = set()
+        self._held: list[torch.Tensor] = []  # memory must not be reused before bytes land in it
 
     def add(self, transfer: Transfer) -> None:
         """Record a transfer; full windows are handed on at once."""
@@ -93,6 +94,7 @@ class Plan:
             return
         start, stop = _addresses(transfer.target)
         with self._lock:
+            self._held.append(transfer.target)
             self._storages.add(transfer.target.untyped_storage().data_ptr())
             wave = self._wave_after(start, stop)
             self._written[wave].add(start, stop)
@@ -122,6 +124,7 @@ class Plan:
                 wait()
             self._written, self._waves = [Intervals()], []
             self._storages.clear()
+            self._held.clear()
 
     def _wave_after(self, start: int, stop: int) -> int:
         """The first wave that comes after every one that writes to these addresses."""

@@ -29,7 +29,7 @@ def affordable_threads(device: torch.device, settings: Settings) -> int:
 def warm_up(device: torch.device, settings: Settings) -> None:
     """Begin to pin what a load to this device will need, while there is no load yet.
 
-    Pinning 192 MiB takes 40 ms, about what an engine takes to construct an 8-billion model.
+    Pinning 192 MiB takes 40 ms; an engine takes longer to construct a model.
     """
     if device.type != "cuda":
         return
@@ -59,12 +59,16 @@ class ReaderPool:
         self._failure: BaseException | None = None
         if device.type == "cuda":
             pinned_ring().reserve(self.threads)
-        self._workers = [
-            threading.Thread(target=self._work, name=f"weightlift-reader-{number}", daemon=True)
-            for number in range(self.threads)
-        ]
-        for worker in self._workers:
-            worker.start()
+        self._workers: list[threading.Thread] = []
+        try:
+            for number in range(self.threads):
+                name = f"weightlift-reader-{number}"
+                worker = threading.Thread(target=self._work, name=name, daemon=True)
+                worker.start()
+                self._workers.append(worker)
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, window: Window) -> None:
         """Queue a window; waits while too many are ahead of the readers.

@@ -80,9 +80,12 @@ class LoadSession:
             PlanAborted: A dtype that this torch does not have.
         """
         try:
-            checkpoint = Checkpoint.open(files)
+            return self.hold(Checkpoint.open(files), drop_cache=drop_cache)
         except UnsupportedCheckpoint as error:
             raise self.abort(PlanAborted(str(error))) from error
+
+    def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
+        """Have an open checkpoint closed with the session; returns it."""
         self._checkpoints.append((checkpoint, drop_cache))
         return checkpoint
 
@@ -138,7 +141,7 @@ class LoadSession:
             raise self.abort(PlanAborted(f"{leftover} of the model was left without its data"))
         self.is_finished = True
 
-    # What lazy tensors report to: see `lazy.Recorder`.
+    # What lazy tensors report to: see `source.Recorder`.
 
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
         """Fill ``target`` from the file, in the background where that is safe.
@@ -228,11 +231,7 @@ class LoadSession:
         return all(plan.is_empty for plan in list(self._plans.values()))
 
     def _bytes_read(self) -> int:
-        return sum(
-            shard.file.bytes_read
-            for checkpoint, _ in self._checkpoints
-            for shard in checkpoint.shards
-        )
+        return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)
 
 
 def _is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
@@ -247,4 +246,4 @@ def _is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type != "meta"
+    return tensor.layout is torch.strided and not tensor.is_meta

@@ -19,8 +19,8 @@ class Settings:
     Attributes:
         multithread_load: Whether loads go through weightlift at all.
         num_load_threads: Reader threads of this process; 0 chooses by the cores it may use.
-        staging_mib: Most host memory, in MiB, that bytes in flight may take: the pinned ring on
-            CUDA, scratch elsewhere.
+        staging_mib: Most host memory, in MiB, for bytes in flight to one device: the pinned ring
+            on CUDA (strided sources take half as much again to be packed), scratch elsewhere.
         report: A file that gets one JSON line a load; empty for none.
         untested_versions: Whether engine versions that weightlift was not tested with are patched.
         asked: Names of the settings that the user gave. Asked for and not to be had is an error.

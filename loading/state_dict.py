@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
-from weightlift.loading.checkpoint import Checkpoint, shard_paths
+from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
@@ -32,12 +31,13 @@ def load_into(
 
     Raises:
         CheckpointError: A file is damaged, a target is not in the checkpoint, or shapes differ.
-        PlanAborted: A dtype that this torch does not have.
+        ValueError: A target is on the meta device.
+        UnsupportedCheckpoint: A dtype that this torch does not have.
     """
     settings = settings or Settings()
     report = LoadReport(phase="load", model_path=os.fspath(path))
     with LoadSession(settings, report) as session, torch.no_grad():
-        checkpoint = session.open(os.fspath(file) for file in shard_paths(Path(path)))
+        checkpoint = session.hold(Checkpoint.from_path(path))
         _check(checkpoint, targets, os.fspath(path))
         for name, weight in session.guard(session.lazies(checkpoint)):
             if name in targets:
@@ -75,6 +75,8 @@ def _check(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor], path: st
     """Every target is in the checkpoint, with its shape."""
     entries = {entry.name: entry for entry in checkpoint.entries()}
     for name, target in targets.items():
+        if target.is_meta:
+            raise ValueError(f"the target {name!r} is on the meta device and can hold no data")
         if name not in entries:
             remedy = "Leave it out of the targets, or load another checkpoint."
             raise CheckpointError(path, "it is not in the checkpoint", tensor=name, remedy=remedy)

@@ -41,7 +41,7 @@ def test_environment_beats_yaml(tmp_path: Path) -> None:
         ("WEIGHTLIFT_NUM_LOAD_THREADS", "0", "whole number from 1 to 256"),
         ("WEIGHTLIFT_NUM_LOAD_THREADS", "257", "whole number from 1 to 256"),
         ("WEIGHTLIFT_MULTITHREAD_LOAD", "perhaps", "must be 1, true, on, 0, false or off"),
-        ("WEIGHTLIFT_STAGING_MIB", "-1", "whole number from 8"),
+        ("WEIGHTLIFT_STAGING_MIB", "-1", "whole number from 16"),
     ],
 )
 def test_nonsense_names_the_variable_and_what_is_allowed(

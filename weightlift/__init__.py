@@ -1,4 +1,4 @@
-"""Load model weights at the speed of the hardware in SGLang, vLLM and vLLM-Omni.
+"""Load model weights at the speed of the hardware in SGLang.
 
 Importing this package imports neither torch nor an engine: the start-up hook goes through here.
 """

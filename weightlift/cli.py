@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Load model weights at the speed of the hardware in SGLang, vLLM and vLLM-Omni.",
+    help="Load model weights at the speed of the hardware in SGLang.",
 )
 out = Console()
 err = Console(stderr=True)
@@ -149,7 +150,10 @@ def bench(
     from weightlift.loading.checkpoint import Checkpoint
     from weightlift.loading.errors import WeightliftError
     from weightlift.loading.peers import LOADERS
+    from weightlift.timings import bar_chart, timings_table
 
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise _fail("a plot needs matplotlib: pip install 'weightlift[plot]'")
     try:
         Checkpoint.from_path(checkpoint).close()
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -180,32 +184,16 @@ def bench(
         facts = [{**dataclasses.asdict(item), "median_s": item.median_s} for item in timings]
         out.print_json(json.dumps(facts))
     else:
-        _print_timings(timings, where)
-    if plot:
-        from weightlift.plotting import bar_chart
-
+        out.print(timings_table(timings))
+        note = "speed-up is against safetensors, median against median"
+        out.print(f"on {where}; {note}", highlight=False)
+    if plot and any(not item.problem for item in timings):
         bar_chart(timings, plot)
         err.print(f"chart written to {plot}")
     if any(not item.is_equal for item in timings if not item.problem):
         raise _fail("a loader's tensors differ from the file's")
-
-
-def _print_timings(timings: list[Any], where: Any) -> None:
-    base = {item.state: item.median_s for item in timings if item.loader == "safetensors"}
-    table = Table("loader", "page cache", "first call", "median", "GB/s", "speed-up", "equal")
-    for item in timings:
-        if item.problem:
-            table.add_row(item.loader, item.state, item.problem)
-            continue
-        ratio = f"{base[item.state] / item.median_s:.2f}" if base.get(item.state) else "-"
-        rate = f"{item.nbytes / item.median_s / 1e9:.2f}"
-        first, median = f"{item.first_s:.3f} s", f"{item.median_s:.3f} s"
-        equal = "yes" if item.is_equal else "NO"
-        table.add_row(item.loader, item.state, first, median, rate, ratio, equal)
-    out.print(table)
-    out.print(
-        f"on {where}; speed-up is against safetensors, median against median", highlight=False
-    )
+    if any(item.problem for item in timings if item.loader == "weightlift"):
+        raise _fail("weightlift itself could not load this")
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -10,6 +10,7 @@ from typing import Any
 
 from weightlift.compat.context import Option, context_of
 from weightlift.compat.patch import Patch
+from weightlift.patches import SGLANG
 
 _MODULE = "sglang.srt.server_args"
 
@@ -137,7 +138,7 @@ def _agreeing(switch: bool | None, extra_config: Any) -> Any:
 PATCHES: tuple[Patch, ...] = (
     Patch(
         target=f"{_MODULE}:ServerArgs.add_cli_args",
-        versions=">=0.4.9.post2,<0.5.24",
+        versions=SGLANG.versions,
         wrapper=_add_cli_args,
         parameters=("parser",),
         why="`--model-loader-extra-config` takes two keys and refuses all others, so the engine's "
@@ -148,7 +149,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         target=f"{_MODULE}:ServerArgs.from_cli_args",
-        versions=">=0.4.9.post2,<0.5.24",
+        versions=SGLANG.versions,
         wrapper=_from_cli_args,
         parameters=("args",),
         why="It copies the engine's own fields and drops the rest.",

@@ -8,6 +8,7 @@ from typing import Any
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
+from weightlift.patches import SGLANG
 from weightlift.patches.sglang.flags import keep
 
 _MODULE = "sglang.srt.entrypoints.engine"
@@ -22,7 +23,7 @@ def _engine_init(
     """
     before = dict(os.environ)
     extra = keep(_taken_out(kwargs), kwargs.get("model_loader_extra_config"))
-    if extra is not None:
+    if extra is not None and "server_args" not in kwargs:  # which come with a configuration
         kwargs["model_loader_extra_config"] = extra
     try:
         wrapped(*args, **kwargs)
@@ -58,7 +59,7 @@ def _taken_out(kwargs: dict[str, Any]) -> dict[str, Any]:
 PATCHES: tuple[Patch, ...] = (
     Patch(
         target=f"{_MODULE}:Engine.__init__",
-        versions=">=0.4.9.post2,<0.5.24",
+        versions=SGLANG.versions,
         wrapper=_engine_init,
         parameters=("kwargs",),
         why="`Engine` hands its keywords to `ServerArgs`, which refuses names that it does not know.",

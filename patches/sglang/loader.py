@@ -26,49 +26,49 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
 from weightlift.patches.sglang import weights as weights_module
-from weightlift.patches.sglang.weights import NamedWeights, RestartableWeights
+from weightlift.patches.sglang.weights import NamedWeights, RestartableWeights, extra_config
 
-_MODULE = "sglang.srt.model_loader.loader"
+_FORMATS = ("auto", "safetensors", "mistral")
 
 
 def _load_weights_and_postprocess(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Load by plan if this load allows it, else as the engine does; either way, report."""
-    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    model, weights, device = call["model"], call["weights"], call["target_device"]
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    model, weights = call.arguments["model"], call.arguments["weights"]
     settings = context_of("sglang").settings()
     report = _report(model, weights)
-    reason = _refusal(model, weights, device, settings)
+    reason = _refusal(model, weights, call.arguments["target_device"], settings)
     if reason:
         report.fall_back(_insist(reason, settings))
-        result = wrapped(model, weights, device)
+        result = wrapped(*args, **kwargs)
     else:
-        result = _load_by_plan(wrapped, model, weights, device, report)
+        result = _load_by_plan(wrapped, call, settings, report)
     report.finish(settings.report)
     return result
 
 
 def _load_by_plan(
     wrapped: Callable[..., Any],
-    model: torch.nn.Module,
-    weights: RestartableWeights,
-    device: torch.device,
+    call: inspect.BoundArguments,
+    settings: Settings,
     report: LoadReport,
 ) -> Any:
     """Load with lazy tensors; if the loader cannot do with them, load again with real ones."""
-    settings = context_of("sglang").settings()
-    session = LoadSession(_with_engine_threads(settings, weights), report)
+    model, weights = call.arguments["model"], call.arguments["weights"]
+    session = LoadSession(_with_engine_threads(settings, weights.loader), report)
     try:
         with _loading_lazily(model, session):
-            result = wrapped(model, weights, device)
+            result = wrapped(*call.args, **call.kwargs)
     except Exception as error:
         # A damaged file stays damaged, and post-processing must not run twice. Anything else
         # may be a lazy tensor's fault; what is not fails again, with this error as its context.
         if session.is_finished or isinstance(error, CheckpointError):
             raise
         report.fall_back(_insist(str(session.aborted or repr(error)), settings))
-        return wrapped(model, weights.restart(), device)
+        call.arguments["weights"] = weights.restart()
+        return wrapped(*call.args, **call.kwargs)
     if not report.tensors:
         report.fall_back(_insist("it has no safetensors files", settings))
     return result
@@ -79,9 +79,10 @@ def _load_model(
 ) -> Any:
     """Pin staging memory while the engine constructs the model."""
     settings = context_of("sglang").settings()
-    if settings.multithread_load and type(instance).__name__ == "DefaultModelLoader":
+    if settings.multithread_load and not _loader_refusal(instance):
         call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-        warm_up(torch.device(call["device_config"].device), settings)
+        device = torch.device(call["device_config"].device)
+        warm_up(device, _with_engine_threads(settings, instance))
     return wrapped(*args, **kwargs)
 
 
@@ -90,20 +91,27 @@ def _refusal(model: Any, weights: Any, device: torch.device, settings: Settings)
     if not settings.multithread_load:
         return "multithread load is switched off"
     if not isinstance(weights, RestartableWeights):
-        return "its weights are filtered or come from memory"
-    if weights.extra_config.get("enable_multithread_load") is False:
-        return "--model-loader-extra-config says enable_multithread_load=false"
-    if type(weights.loader).__name__ != "DefaultModelLoader":
-        return f"{type(weights.loader).__name__} has ways of its own"
+        return "its weights are filtered, committed late or come from memory"
     if device.type not in ("cpu", "cuda"):
         return f"no way to place weights on {device.type!r} devices"
-    return _quantisation_refusal(model)
+    return _loader_refusal(weights.loader) or _quantisation_refusal(model)
+
+
+def _loader_refusal(loader: Any) -> str:
+    """Why what this loader of the engine loads is left to it, or ''."""
+    if type(loader).__name__ != "DefaultModelLoader":
+        return f"{type(loader).__name__} has ways of its own"
+    if extra_config(loader).get("enable_multithread_load") is False:
+        return "--model-loader-extra-config says enable_multithread_load=false"
+    wanted = loader.load_config.load_format
+    wanted = str(getattr(wanted, "value", wanted))
+    return "" if wanted in _FORMATS else f"--load-format {wanted} has ways of its own"
 
 
 def _quantisation_refusal(model: torch.nn.Module) -> str:
     """Why this model's quantisation is left to the engine, or ''.
 
-    Plain weights and stored FP8 are copied as they are. Methods that quantise while they load
+    Plain weights and stored block-wise FP8 are copied as they are. Methods that quantise while they load
     count copies or rebind parameters, and those that were not tried stay stock as well.
     """
     for name, module in model.named_modules():
@@ -112,7 +120,8 @@ def _quantisation_refusal(model: torch.nn.Module) -> str:
         if method is None or kind.startswith("Unquantized"):
             continue
         config = getattr(method, "quant_config", None)
-        if kind.startswith("Fp8") and getattr(config, "is_checkpoint_fp8_serialized", False):
+        is_stored = getattr(config, "is_checkpoint_fp8_serialized", False)
+        if kind.startswith("Fp8") and is_stored and getattr(config, "weight_block_size", None):
             continue
         return f"{kind} of {name} was not tested with planned loading"
     return ""
@@ -133,9 +142,9 @@ def _insist(reason: str, settings: Settings) -> str:
     return reason
 
 
-def _with_engine_threads(settings: Settings, weights: RestartableWeights) -> Settings:
+def _with_engine_threads(settings: Settings, loader: Any) -> Settings:
     """The engine's own ``num_threads`` counts where weightlift's option was not given."""
-    threads = weights.extra_config.get("num_threads")
+    threads = extra_config(loader).get("num_threads")
     if "num_load_threads" in settings.asked or not isinstance(threads, int) or threads < 1:
         return settings
     return replace(settings, num_load_threads=threads)
@@ -147,7 +156,7 @@ def _report(model: torch.nn.Module, weights: Any) -> LoadReport:
     return LoadReport(
         engine="sglang",
         version=context_of("sglang").engine.version,
-        phase=weights.phase if is_known else "update",
+        phase=weights.phase if is_known else "",
         model_path=weights.model_path if is_known else "",
         rank=torch.distributed.get_rank() if distributed else 0,
         architecture=type(model).__name__,
@@ -185,8 +194,8 @@ def _loading_lazily(model: Any, session: LoadSession) -> Iterator[None]:
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        target=f"{_MODULE}:DefaultModelLoader.load_weights_and_postprocess",
-        versions=">=0.4.9.post2,<0.5.24",
+        target=f"{weights_module.MODULE}:DefaultModelLoader.load_weights_and_postprocess",
+        versions=weights_module.VERSIONS,
         wrapper=_load_weights_and_postprocess,
         parameters=("model", "weights", "target_device"),
         why="Every launch and every update from disk goes through here, and knows neither where "
@@ -197,8 +206,8 @@ PATCHES: tuple[Patch, ...] = (
         drop_when="The engine offers a loader interface that its own `--load-format auto` uses.",
     ),
     Patch(
-        target=f"{_MODULE}:DefaultModelLoader.load_model",
-        versions=">=0.4.9.post2,<0.5.24",
+        target=f"{weights_module.MODULE}:DefaultModelLoader.load_model",
+        versions=weights_module.VERSIONS,
         wrapper=_load_model,
         parameters=("model_config", "device_config"),
         why="A first load waits for its pinned memory, though the model was being constructed.",

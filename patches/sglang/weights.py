@@ -17,8 +17,11 @@ import torch
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.session import active_session
+from weightlift.patches import SGLANG
 
-_MODULE = "sglang.srt.model_loader.loader"
+MODULE = "sglang.srt.model_loader.loader"
+
+VERSIONS = SGLANG.versions
 
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
 
@@ -51,11 +54,11 @@ class RestartableWeights:
         """The weights from the first on, whatever was taken from this iterator."""
         return iter(self.make())
 
-    @property
-    def extra_config(self) -> Mapping[str, Any]:
-        """What the user gave as ``--model-loader-extra-config``."""
-        given = self.loader.load_config.model_loader_extra_config
-        return given if isinstance(given, Mapping) else {}
+
+def extra_config(loader: Any) -> Mapping[str, Any]:
+    """What the user gave this loader of the engine as ``--model-loader-extra-config``."""
+    given = loader.load_config.model_loader_extra_config
+    return given if isinstance(given, Mapping) else {}
 
 
 def _get_all_weights(
@@ -108,8 +111,8 @@ _ITERATOR_NOTES = {
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        target=f"{_MODULE}:DefaultModelLoader._get_all_weights",
-        versions=">=0.4.9.post2,<0.5.24",
+        target=f"{MODULE}:DefaultModelLoader._get_all_weights",
+        versions=VERSIONS,
         wrapper=_get_all_weights,
         parameters=("model_config", "model"),
         why="The weights of a launch are a generator: seen once, gone.",
@@ -118,8 +121,8 @@ PATCHES: tuple[Patch, ...] = (
         drop_when="The patch of `load_weights_and_postprocess` goes.",
     ),
     Patch(
-        target=f"{_MODULE}:DefaultModelLoader._get_weights_iterator",
-        versions=">=0.4.9.post2,<0.5.24",
+        target=f"{MODULE}:DefaultModelLoader._get_weights_iterator",
+        versions=VERSIONS,
         wrapper=_get_weights_iterator,
         parameters=("source",),
         why="The weights of an update are a generator: seen once, gone.",
@@ -128,21 +131,21 @@ PATCHES: tuple[Patch, ...] = (
         drop_when="The patch of `load_weights_and_postprocess` goes.",
     ),
     Patch(
-        target=f"{_MODULE}:safetensors_weights_iterator",
-        versions=">=0.4.9.post2,<0.5.24",
+        target=f"{MODULE}:safetensors_weights_iterator",
+        versions=VERSIONS,
         wrapper=_safetensors_iterator,
         parameters=("hf_weights_files",),
         **_ITERATOR_NOTES,
     ),
     Patch(
-        target=f"{_MODULE}:multi_thread_safetensors_weights_iterator",
+        target=f"{MODULE}:multi_thread_safetensors_weights_iterator",
         versions=">=0.4.9.post2,<0.5.9",
         wrapper=_safetensors_iterator,
         parameters=("hf_weights_files", "max_workers"),
         **_ITERATOR_NOTES,
     ),
     Patch(
-        target=f"{_MODULE}:buffered_multi_thread_safetensors_weights_iterator",
+        target=f"{MODULE}:buffered_multi_thread_safetensors_weights_iterator",
         versions=">=0.5.9,<0.5.24",
         wrapper=_safetensors_iterator,
         parameters=("hf_weights_files", "max_workers"),

@@ -60,6 +60,7 @@ class Outcome:
     Attributes:
         told: What the harness said of each rank.
         reports: What weightlift reported of each load, in order.
+        output: All that was printed.
     """
 
     told: Mapping[str, list[dict[str, Any]]]

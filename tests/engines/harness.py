@@ -4,7 +4,7 @@ harness.py CASES.json    prints a line ``RESULT {...}`` a rank and case
 
 The engine's own benchmark helper does the version's set-up; the harness stops it as soon as the
 model is loaded. Each case runs in forked children, one a rank, so that the engine is imported once.
-A case: name, model, then if wanted update (a second checkpoint), tp, args, env, and stock=true for
+A case: name, model, then if wanted updates (further checkpoints), tp, args, env, and stock=true for
 the engine with every patch taken off.
 """
 

@@ -1,22 +1,34 @@
-"""Charts, for where people would rather look."""
+"""What ``weightlift bench`` shows: a table, and a chart for where people would rather look."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from rich.table import Table
+
 from weightlift.loading.benchmark import Timing
 
 
-def bar_chart(timings: list[Timing], path: Path) -> None:
-    """GB/s of each loader, warm and cold side by side.
+def timings_table(timings: list[Timing]) -> Table:
+    """A row a loader and state of the page cache; the reason where there are no numbers."""
+    base = {item.state: item.median_s for item in timings if item.loader == "safetensors"}
+    table = Table("loader", "page cache", "first call", "median", "GB/s", "speed-up", "equal")
+    for item in timings:
+        if item.problem:
+            table.add_row(item.loader, item.state, item.problem)
+            continue
+        ratio = f"{base[item.state] / item.median_s:.2f}" if base.get(item.state) else "-"
+        rate = f"{item.nbytes / item.median_s / 1e9:.2f}"
+        first, median = f"{item.first_s:.3f} s", f"{item.median_s:.3f} s"
+        equal = "yes" if item.is_equal else "NO"
+        table.add_row(item.loader, item.state, first, median, rate, ratio, equal)
+    return table
 
-    Raises:
-        ImportError: matplotlib is not installed; the message says how to get it.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'weightlift[plot]'") from error
+
+def bar_chart(timings: list[Timing], path: Path) -> None:
+    """GB/s of each loader that has numbers, warm and cold side by side. Needs matplotlib."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
