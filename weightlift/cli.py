@@ -146,7 +146,6 @@ def bench(
     """Time weightlift against safetensors and the installed peers, and check that all agree."""
     import torch
 
-    from weightlift.loading.benchmark import compare
     from weightlift.loading.checkpoint import Checkpoint
     from weightlift.loading.errors import WeightliftError
     from weightlift.loading.peers import LOADERS
@@ -168,18 +167,7 @@ def bench(
     states = ["warm"] * warm + ["cold"] * cold
     if not states:
         raise _fail("--no-warm and --no-cold leave nothing to time")
-    timings = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("Timing loaders", total=len(states) * len(loader or known))
-        for timing in compare(checkpoint, where, loader or known, states, calls):
-            timings.append(timing)
-            progress.advance(task)
+    timings = _timed(checkpoint, where, loader or known, states, calls)
     if as_json:
         facts = [{**dataclasses.asdict(item), "median_s": item.median_s} for item in timings]
         out.print_json(json.dumps(facts))
@@ -194,6 +182,25 @@ def bench(
         raise _fail("a loader's tensors differ from the file's")
     if any(item.problem for item in timings if item.loader == "weightlift"):
         raise _fail("weightlift itself could not load this")
+
+
+def _timed(
+    checkpoint: Path, where: Any, loaders: list[str], states: list[str], calls: int
+) -> list[Any]:
+    """Time these loaders, with a progress bar."""
+    from weightlift.loading.benchmark import compare
+
+    columns = (
+        TextColumn("{task.description}"),
+        *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
+    )
+    timings = []
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("Timing loaders", total=len(states) * len(loaders))
+        for timing in compare(checkpoint, where, loaders, states, calls):
+            timings.append(timing)
+            progress.advance(task)
+    return timings
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
