@@ -146,3 +146,16 @@ def test_the_root_folders_are_not_importable_by_their_own_names(tmp_path: Path) 
 def test_what_is_generated_is_up_to_date() -> None:
     ran = python(str(TOP / "scripts/docs.py"), "--check")
     assert ran.returncode == 0, ran.stderr
+
+
+def test_the_plugin_entry_point_installs_without_an_engine() -> None:
+    code = (
+        "from importlib.metadata import entry_points\n"
+        "(plugin,) = entry_points(group='sglang.srt.plugins', name='weightlift')\n"
+        "install = plugin.load()\n"
+        "install(), install()\n"
+        "from weightlift.hooks import bootstrap\n"
+        "print(bootstrap.results()['sglang'].outcome.value)\n"
+    )
+    ran = python("-c", code)
+    assert ran.stdout == "not-installed\n", ran.stderr
