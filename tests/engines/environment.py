@@ -77,6 +77,7 @@ def base() -> Path:
 def install_weightlift(python: Path) -> None:
     """Install this checkout into the environment, as users do: the wheel, not an editable one."""
     uv = python.parent / "uv"
+    shutil.rmtree(TOP / "build", ignore_errors=True)  # or modules that are gone are shipped again
     options = ("--no-deps", "--no-build-isolation", "--reinstall-package", "weightlift")
     run(uv, "pip", "install", "-q", "-p", python, *options, TOP)
 
