@@ -145,6 +145,7 @@ def test_the_engine_loads_by_itself_where_it_is_told_to(
             flags=("--num-load-threads", "5"),
         ),
         Case("asked for", model, flags=("--enable-multithread-load",)),
+        Case("load format", model, args=("--load-format", "safetensors")),
     ]
     outcomes = run_cases(version, cases)
     assert all(outcome.is_same for outcome in outcomes.values()), outcomes
@@ -157,7 +158,7 @@ def test_the_engine_loads_by_itself_where_it_is_told_to(
         assert (reports[name]["mode"], reports[name]["fallback_reason"]) == (STOCK, reason)
     assert reports["threads of the engine"]["threads"] == 3
     assert reports["threads of the flag"]["threads"] == 5
-    assert reports["asked for"]["mode"] == PLANNED
+    assert reports["asked for"]["mode"] == reports["load format"]["mode"] == PLANNED
 
 
 def test_what_was_asked_for_and_cannot_be_had_is_an_error(

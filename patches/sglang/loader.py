@@ -28,7 +28,7 @@ from weightlift.loading.settings import Settings
 from weightlift.patches.sglang import weights as weights_module
 from weightlift.patches.sglang.weights import NamedWeights, RestartableWeights, extra_config
 
-_FORMATS = ("auto", "safetensors", "mistral")
+_FORMATS = ("auto", "safetensors")
 
 
 def _load_weights_and_postprocess(
@@ -111,8 +111,8 @@ def _loader_refusal(loader: Any) -> str:
 def _quantisation_refusal(model: torch.nn.Module) -> str:
     """Why this model's quantisation is left to the engine, or ''.
 
-    Plain weights and stored block-wise FP8 are copied as they are. Methods that quantise while they load
-    count copies or rebind parameters, and those that were not tried stay stock as well.
+    Plain weights and stored block-wise FP8 are copied as they are. Methods that quantise while
+    they load count copies or rebind parameters; what was not tried stays stock as well.
     """
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
