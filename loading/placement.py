@@ -10,7 +10,7 @@ from weightlift.loading.files import Buffer, memory_of
 from weightlift.loading.plan import Window
 from weightlift.loading.settings import MIB
 from weightlift.loading.staging import PinnedRing, pinned_ring
-from weightlift.loading.transfer import Transfer
+from weightlift.loading.transfer import Run, Transfer
 
 HOST_WINDOW_BYTES = 16 * MIB
 CUDA_WINDOW_BYTES = 8 * MIB
@@ -35,8 +35,9 @@ class HostPlacer:
 
     def place(self, window: Window) -> None:
         """Read the window and fill its pieces; done on return."""
-        if all(piece.is_direct for piece in window.pieces):
-            window.file.read_into(window.start, _scatter(window))
+        runs = [piece for piece in window.pieces if isinstance(piece, Run)]
+        if len(runs) == len(window.pieces):
+            window.file.read_into(window.start, _scatter(window.start, runs))
             return
         scratch = torch.empty(window.span, dtype=torch.uint8)
         window.file.read_into(window.start, [memory_of(scratch)])
@@ -47,19 +48,18 @@ class HostPlacer:
         """Nothing is kept."""
 
 
-def _scatter(window: Window) -> list[Buffer]:
+def _scatter(position: int, runs: list[Run]) -> list[Buffer]:
     """The targets' memory, with scratch for the gaps between."""
     buffers: list[Buffer] = []
-    position = window.start
-    for piece in window.pieces:
-        if piece.offset > position:
-            buffers.append(memoryview(bytearray(piece.offset - position)))
-        buffers.append(memory_of(piece.target))
-        position = piece.stop
+    for run in runs:
+        if run.offset > position:
+            buffers.append(memoryview(bytearray(run.offset - position)))
+        buffers.append(memory_of(run.target))
+        position = run.stop
     return buffers
 
 
-def source_view(data: torch.Tensor, window: Window, piece: Transfer) -> torch.Tensor:
+def source_view(data: torch.Tensor, window: Window, piece: Run | Transfer) -> torch.Tensor:
     """A piece's elements as they lie in the window's bytes.
 
     Args:
@@ -68,9 +68,9 @@ def source_view(data: torch.Tensor, window: Window, piece: Transfer) -> torch.Te
         piece: One of its pieces.
     """
     start = piece.offset - window.start
-    part = data[start : start + piece.span]
-    if piece.dtype is torch.uint8 and piece.is_packed:
-        return part.view(piece.shape)
+    part = data[start : start + piece.stop - piece.offset]
+    if isinstance(piece, Run):
+        return part
     if part.data_ptr() % piece.dtype.itemsize:
         part = part.clone()  # an unaligned address cannot be viewed as a wider type
     return part.view(piece.dtype).as_strided(piece.shape, piece.stride)
@@ -100,7 +100,7 @@ class CudaPlacer:
         busy.synchronize()
         if window.ready is not None:
             self._stream.wait_event(window.ready)
-        if all(piece.is_packed for piece in window.pieces):
+        if all(isinstance(piece, Run) or piece.is_packed for piece in window.pieces):
             window.file.read_into(window.start, [memory[: window.span]])
             for piece in window.pieces:
                 self._send(piece, source_view(half, window, piece))
@@ -127,12 +127,12 @@ class CudaPlacer:
             room = half[position : position + piece.nbytes]
             if len(room) < piece.nbytes:  # padding between many odd sizes can use the half up
                 room = torch.empty(piece.nbytes, dtype=torch.uint8)
-            packed = room.view(piece.dtype).view(piece.shape)
+            packed = room if isinstance(piece, Run) else room.view(piece.dtype).view(piece.shape)
             packed.copy_(source_view(self._scratch, window, piece))
             self._send(piece, packed)
             position += -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
 
-    def _send(self, piece: Transfer, packed: torch.Tensor) -> None:
+    def _send(self, piece: Run | Transfer, packed: torch.Tensor) -> None:
         """Copy packed pinned elements to the target, casting and scattering on the device."""
         target = piece.target
         if target.dtype == packed.dtype and target.is_contiguous():

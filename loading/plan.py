@@ -7,6 +7,7 @@ into several. A window is handed on as soon as it is full, so reading overlaps p
 from __future__ import annotations
 
 import bisect
+import operator
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weightlift.loading.files import ShardFile
-from weightlift.loading.transfer import Transfer, extent
+from weightlift.loading.transfer import Run, Transfer, cut, extent
 
 MAX_GAP = 64 << 10
 """Unwanted bytes between two tensors that are read along rather than start another window."""
@@ -29,7 +30,7 @@ class Window:
     file: ShardFile
     start: int
     stop: int
-    pieces: list[Transfer] = field(default_factory=list)
+    pieces: list[Run | Transfer] = field(default_factory=list)
     ready: torch.Event | None = None
     """Work on the recording thread's stream that must come before these bytes land."""
 
@@ -38,10 +39,10 @@ class Window:
         """Bytes that the window covers."""
         return self.stop - self.start
 
-    def takes(self, piece: Transfer, most: int) -> bool:
+    def takes(self, file: ShardFile, piece: Run | Transfer, most: int) -> bool:
         """Whether this piece may join without reading backwards, far ahead or too much."""
         return (
-            piece.file is self.file
+            file is self.file
             and 0 <= piece.offset - self.stop <= MAX_GAP
             and piece.stop - self.start <= most
             and len(self.pieces) < MAX_PIECES
@@ -103,6 +104,17 @@ class Plan:
             else:
                 self._gather(transfer)
 
+    def add_runs(self, file: ShardFile, runs: list[Run]) -> None:
+        """Record runs that are known to overlap nothing, in any order."""
+        runs.sort(key=_offset)
+        with self._lock:
+            for memory in {id(run.memory): run.memory for run in runs}.values():
+                self._held.append(memory)
+                self._storages.add(memory.untyped_storage().data_ptr())
+            for run in runs:
+                for part in cut(run, self._window_bytes):
+                    self._join(file, part)
+
     def touches(self, tensor: torch.Tensor) -> bool:
         """Whether a transfer into this tensor's storage is not known to be done."""
         return tensor.untyped_storage().data_ptr() in self._storages
@@ -138,17 +150,23 @@ class Plan:
 
     def _gather(self, transfer: Transfer) -> None:
         for piece in transfer.split(self._window_bytes):
-            window = self._open
-            if window is None or not window.takes(piece, self._window_bytes):
-                self._close_window()
-                window = self._open = Window(piece.file, piece.offset, piece.offset)
-            window.pieces.append(piece)
-            window.stop = piece.stop
+            self._join(transfer.file, piece)
+
+    def _join(self, file: ShardFile, piece: Run | Transfer) -> None:
+        window = self._open
+        if window is None or not window.takes(file, piece, self._window_bytes):
+            self._close_window()
+            window = self._open = Window(file, piece.offset, piece.offset)
+        window.pieces.append(piece)
+        window.stop = piece.stop
 
     def _close_window(self) -> None:
         window, self._open = self._open, None
         if window is not None:
             self._submit(window)
+
+
+_offset = operator.attrgetter("offset")
 
 
 def _addresses(tensor: torch.Tensor) -> tuple[int, int]:

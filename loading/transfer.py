@@ -1,4 +1,8 @@
-"""A transfer: these bytes of a file into that tensor, and how to cut it into pieces."""
+"""A transfer: these bytes of a file into that tensor, and how to cut it into pieces.
+
+What goes to its target byte by byte is cut into *runs*, which cost a fraction of a transfer: a
+model of many experts has tens of thousands.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,29 @@ from dataclasses import dataclass, replace
 import torch
 
 from weightlift.loading.files import ShardFile
+
+
+@dataclass(slots=True)
+class Run:
+    """Bytes ``offset`` to ``stop`` of a file that go to ``memory`` from byte ``place`` on.
+
+    ``memory`` is flat uint8, on any device.
+    """
+
+    offset: int
+    stop: int
+    memory: torch.Tensor
+    place: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file that are wanted."""
+        return self.stop - self.offset
+
+    @property
+    def target(self) -> torch.Tensor:
+        """The memory to fill: flat uint8."""
+        return self.memory[self.place : self.place + self.stop - self.offset]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +97,17 @@ class Transfer:
             target=self.target.permute(order),
         )
 
-    def split(self, most: int) -> Iterator[Transfer]:
+    def split(self, most: int) -> Iterator[Run | Transfer]:
         """The same work in pieces that span at most ``most`` bytes, or one element."""
         if self.is_direct:
-            yield from self._split_bytes(most)
+            memory = self.target.as_strided((self.target.numel(),), (1,)).view(torch.uint8)
+            yield from cut(Run(self.offset, self.stop, memory, 0), most)
         elif self.span <= most or not self.shape:
             yield self
         else:
             yield from self._split_rows(most)
 
-    def _split_bytes(self, most: int) -> Iterator[Transfer]:
-        flat = self.target.as_strided((self.target.numel(),), (1,)).view(torch.uint8)
-        for start in range(0, flat.numel(), most):
-            part = flat[start : start + most]
-            yield Transfer(
-                self.file, self.offset + start, torch.uint8, tuple(part.shape), (1,), part
-            )
-
-    def _split_rows(self, most: int) -> Iterator[Transfer]:
+    def _split_rows(self, most: int) -> Iterator[Run | Transfer]:
         step = self.stride[0] * self.dtype.itemsize
         row = extent(self.shape[1:], self.stride[1:]) * self.dtype.itemsize
         count = max(1, (most - row) // step + 1) if step else self.shape[0]
@@ -109,6 +129,16 @@ class Transfer:
     def _first_row(self) -> Transfer:
         shape, stride = self.shape[1:], self.stride[1:]
         return Transfer(self.file, self.offset, self.dtype, shape, stride, self.target[0])
+
+
+def cut(run: Run, most: int) -> Iterator[Run]:
+    """A run in parts of at most ``most`` bytes."""
+    if run.stop - run.offset <= most:
+        yield run
+        return
+    for start in range(run.offset, run.stop, most):
+        stop = min(start + most, run.stop)
+        yield Run(start, stop, run.memory, run.place + start - run.offset)
 
 
 def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
