@@ -94,10 +94,11 @@ def _install(integration: Integration) -> None:
             logger.warning("weightlift: %s runs stock: %s", engine.name, result.detail)
         return
     provide(Context(engine, options.OPTIONS, options.settings))
-    for module, patch_file in integration.patch_files.items():
+    for file in integration.files(engine):
+        module = file.target
         key = f"{engine.name} {module}"
         _state.results[key] = Result(Outcome.WAITING, "not imported yet")
-        hook = functools.partial(_patch, integration, engine, patch_file, key)
+        hook = functools.partial(_patch, integration, engine, file.source, key)
         imported = sys.modules.get(module)
         if imported and not getattr(imported.__spec__, "_initializing", False):
             hook(imported)
@@ -121,7 +122,8 @@ def _patch(
             version = integration.selected_version(engine, untested=True)
             assert version, "the newest version stands in for those that are not known"
             patches: tuple[Patch, ...] = importlib.import_module(patch_file).PATCHES
-            fitting = [patch for patch in patches if patch.fits(version)]
+            mine = [patch for patch in patches if patch.module == module.__name__]
+            fitting = [patch for patch in mine if patch.fits(version)]
             result, handles = put_on(fitting, module)
         except Exception as error:
             logger.exception("weightlift: cannot patch %s; the engine stays stock", module.__name__)

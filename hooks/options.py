@@ -55,6 +55,15 @@ OPTIONS: tuple[Option, ...] = (
         is_switch=True,
     ),
     Option(
+        name="fast_load",
+        parse=_switch,
+        env="WEIGHTLIFT_FAST_LOAD",
+        help="Plan loads from one layer of each kind and samples of others, instead of every tensor, "
+        "where the architecture is known. Off unless asked for.",
+        flags={"sglang": ("--enable-fast-load", "--disable-fast-load")},
+        is_switch=True,
+    ),
+    Option(
         name="num_load_threads",
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",

@@ -64,14 +64,14 @@ def engine_status(integration: Integration) -> EngineStatus:
     engine = find_engine(integration.engine)
     result = bootstrap.check(integration, engine)
     modules: dict[str, Result] = {}
-    if result.outcome is Outcome.WAITING:
-        modules = _probe(integration)
+    if engine and result.outcome is Outcome.WAITING:
+        modules = _probe(integration, engine)
         worst = [item for item in modules.values() if item.outcome is not Outcome.APPLIED]
         result = worst[0] if worst else Result(Outcome.APPLIED)
     return EngineStatus(integration.engine, engine, integration.versions, result, modules)
 
 
-def _probe(integration: Integration) -> dict[str, Result]:
+def _probe(integration: Integration, engine: Engine) -> dict[str, Result]:
     """The outcomes in a fresh interpreter, which the start-up hook must reach by itself."""
     code = f"from weightlift.hooks.status import report; report({integration.engine!r})"
     try:
@@ -80,20 +80,25 @@ def _probe(integration: Integration) -> dict[str, Result]:
         )
     except subprocess.TimeoutExpired:
         failed = Result(Outcome.FAILED, f"importing it took more than {PROBE_SECONDS} s")
-        return dict.fromkeys(integration.patch_files, failed)
+        return dict.fromkeys(_targets(integration, engine), failed)
     for line in ran.stdout.splitlines():
         if line.startswith(_MARK):
             told = json.loads(line.removeprefix(_MARK))
             return {name: Result(Outcome(kind), detail) for name, (kind, detail) in told.items()}
     last = (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1]
-    return dict.fromkeys(integration.patch_files, Result(Outcome.FAILED, last))
+    return dict.fromkeys(_targets(integration, engine), Result(Outcome.FAILED, last))
+
+
+def _targets(integration: Integration, engine: Engine) -> list[str]:
+    return [file.target for file in integration.files(engine)]
 
 
 def report(name: str) -> None:
     """Import an engine's modules and print what became of their patches; runs in the probe."""
     (integration,) = (item for item in INTEGRATIONS if item.engine == name)
     told: dict[str, tuple[str, str]] = {}
-    for module in integration.patch_files:
+    engine = find_engine(name)
+    for module in _targets(integration, engine) if engine else ():
         try:
             importlib.import_module(module)
         except Exception as error:  # noqa: BLE001 - the engine's own trouble; told, and the next one is tried

@@ -27,3 +27,7 @@ class UnsupportedCheckpoint(WeightliftError):
 
 class PlanAborted(WeightliftError):
     """A loader did something with a lazy tensor that cannot be planned; load again, natively."""
+
+
+class UpdateRefused(WeightliftError):
+    """A rank of the group cannot update, so none does; nothing was written."""

@@ -19,10 +19,9 @@ class PendingGuard(TorchFunctionMode):
     tensor wait. What such loaders do is copy, and small copies happen at once.
     """
 
-    def __init__(self, recorder: Recorder, is_idle: Callable[[], bool]) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
-        self._is_idle = is_idle
 
     def __torch_function__(
         self,
@@ -33,9 +32,11 @@ class PendingGuard(TorchFunctionMode):
     ) -> Any:
         """Settle what this operation reads or writes, then run it."""
         kwargs = kwargs or {}
-        if not (self._is_idle() or sees_no_data(func, args) or _is_recorded(func, args, kwargs)):
+        if not (sees_no_data(func, args) or _is_recorded(func, args, kwargs)):
             tensors = tensors_in((*args, *kwargs.values()))
-            self._recorder.settle([item for item in tensors if not isinstance(item, LazyTensor)])
+            self._recorder.observed(
+                func, [item for item in tensors if not isinstance(item, LazyTensor)]
+            )
         return func(*args, **kwargs)
 
 

@@ -133,7 +133,10 @@ def _read_and_run(func: Function, args: Args, kwargs: Kwargs) -> Any:
     first.source.recorder.settle([item for item in tensors if not isinstance(item, LazyTensor)])
 
     def real(tensor: torch.Tensor) -> torch.Tensor:
-        return data_of(tensor) if isinstance(tensor, LazyTensor) else tensor
+        if not isinstance(tensor, LazyTensor):
+            return tensor
+        tensor.source.recorder.materialised(tensor)
+        return data_of(tensor)
 
     return func(*(map_tensors(arg, real) for arg in args), **map_tensors(kwargs, real))
 
@@ -214,6 +217,7 @@ def _realise(lazy: LazyTensor) -> None:
     """A write is coming: the source moves to memory, where all its views see the write."""
     if lazy.source.is_moved:
         raise _aborted(lazy, f"{lazy!r} has a copy on another device and is written to")
+    lazy.source.recorder.materialised(lazy)
     lazy.source.realise(lazy_tensor(lazy.source))
 
 

@@ -28,12 +28,17 @@ class LoadReport:
         architecture: Class of the model.
         mode: ``weightlift``, or ``stock`` if the engine's own loader did it.
         fallback_reason: Why it was ``stock``.
+        plan: How the plan was come by: ``full``, ``fast`` or ``replay``.
+        plan_note: Why it was not a cheaper one, or why it cannot be replayed.
         tensors: Tensors that the engine was offered.
-        planned: Copies that the readers made.
+        planned: Copies that the engine's code asked for and the readers made.
+        extrapolated: Copies that fast load derived from those of other layers and experts.
+        replayed: Copies that were made again as in the load before, without planning.
         materialised: Tensors read at once, for small copies and for operations that need data.
         threads: Reader threads that took part; 0 where a load was too small for any.
         bytes_needed: Bytes that this rank's parameters are made from.
         bytes_read: Bytes that came from the files, headers included.
+        plan_seconds: From the start of the load until its last copy was known.
         seconds: From the start of the load to its last byte in place.
     """
 
@@ -45,21 +50,27 @@ class LoadReport:
     architecture: str = ""
     mode: str = WEIGHTLIFT
     fallback_reason: str = ""
+    plan: str = ""
+    plan_note: str = ""
     tensors: int = 0
     planned: int = 0
+    extrapolated: int = 0
+    replayed: int = 0
     materialised: int = 0
     threads: int = 0
     bytes_needed: int = 0
     bytes_read: int = 0
+    plan_seconds: float = 0.0
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter, repr=False)
 
     def fall_back(self, reason: str) -> None:
         """Note that the engine's own loader takes over, and why."""
         self.mode, self.fallback_reason = STOCK, reason
-        self.tensors = self.planned = self.materialised = self.threads = 0
-        self.bytes_needed = self.bytes_read = 0
-        self.seconds = 0.0
+        self.plan = self.plan_note = ""
+        self.tensors = self.planned = self.extrapolated = self.replayed = 0
+        self.materialised = self.threads = self.bytes_needed = self.bytes_read = 0
+        self.plan_seconds = self.seconds = 0.0
 
     def finish(self, path: str) -> None:
         """Log the load, and append it as JSON to the file at ``path`` unless that is empty.

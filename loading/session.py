@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted, UnsupportedCheckpoint
 from weightlift.loading.files import memory_of
 from weightlift.loading.guard import PendingGuard
+from weightlift.loading.header import TensorEntry
 from weightlift.loading.lazy import LazyTensor, data_of, geometry, lazy_tensor, place_of
 from weightlift.loading.leftovers import find_lazy, meta_names
-from weightlift.loading.placement import window_bytes
-from weightlift.loading.plan import Plan
 from weightlift.loading.progress import Progress
-from weightlift.loading.reader import ReaderPool
+from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.source import Source
 from weightlift.loading.transfer import Transfer, extent
+
+NamedWeights = Iterator[tuple[str, torch.Tensor]]
 
 _thread = threading.local()
 
@@ -41,29 +43,42 @@ class LoadSession:
     Args:
         settings: Threads and memory.
         report: Counts what happens.
+        ledger: Takes down what becomes of each tensor, if the load is to be done again.
+        weights: Gives the lazy tensors of a checkpoint that the loader must see; all if left out.
+        before_write: Called once, before the first byte is written; see :class:`Delivery`.
     """
 
-    def __init__(self, settings: Settings, report: LoadReport) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        report: LoadReport,
+        ledger: Ledger | None = None,
+        weights: Callable[[LoadSession, Checkpoint], NamedWeights] | None = None,
+        before_write: Callable[[], None] | None = None,
+    ) -> None:
         self.report = report
+        self.ledger = ledger
+        self._weights = weights or LoadSession.lazies
         self.aborted: PlanAborted | None = None
         """What made this load one that cannot be planned, also if the loader swallowed it."""
+        self.is_exhausted = False
+        """Whether the loader was told that there are no more tensors."""
         self.is_finished = False
-        self._settings = settings
+        self.delivery = Delivery(settings, report, before_write)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
-        self._pools: dict[torch.device, ReaderPool] = {}
-        self._plans: dict[torch.device, Plan] = {}
         self._lock = threading.RLock()
-        self._is_exhausted = False
+        self.is_exhausted = False
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
-        self._process = os.getpid()
+        self._thread = 0
 
     @contextmanager
     def armed(self) -> Iterator[None]:
         """Within this, iterators of this thread yield lazy tensors."""
         before = active_session()
         _thread.session = self
+        self._thread = threading.get_ident()
         try:
-            with PendingGuard(self, self._is_idle):
+            with PendingGuard(self):
                 yield
         finally:
             _thread.session = before
@@ -89,36 +104,47 @@ class LoadSession:
         self._checkpoints.append((checkpoint, drop_cache))
         return checkpoint
 
-    def iterate(
-        self, files: Iterable[str], *, drop_cache: bool = False
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """:meth:`open`, then :meth:`lazies`."""
-        yield from self.lazies(self.open(files, drop_cache=drop_cache))
+    def iterate(self, files: Iterable[str], *, drop_cache: bool = False) -> NamedWeights:
+        """:meth:`open`, then what the loader must see of it."""
+        yield from self._weights(self, self.open(files, drop_cache=drop_cache))
 
-    def lazies(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    def lazies(self, checkpoint: Checkpoint, wanted: Container[str] | None = None) -> NamedWeights:
         """The tensors of open shards, lazily: file by file as given, each sorted by name.
 
-        That is the order of the stock iterators, and what some models rely on.
+        That is the order of the stock iterators, and what some models rely on. With ``wanted``,
+        only these.
         """
         is_heard = self.report.rank == 0
         with Progress(checkpoint.nbytes, self._bytes_read, visible=is_heard) as progress:
             for shard in checkpoint.shards:
                 for name in sorted(shard.tensors):
-                    self.report.tensors += 1
-                    progress.update()
-                    source = Source(shard.tensors[name], self)
-                    self._sources.add(source)
-                    yield name, lazy_tensor(source)
+                    if wanted is None or name in wanted:
+                        progress.update()
+                        yield name, self.lazy(shard.tensors[name])
 
-    def guard(
-        self, weights: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def lazy(self, entry: TensorEntry) -> LazyTensor:
+        """A tensor of the checkpoint, lazily."""
+        self.report.tensors += 1
+        if self.ledger is not None:
+            self.ledger.offer(entry)
+        source = Source(entry, self)
+        self._sources.add(source)
+        return lazy_tensor(source)
+
+    def held_names(self) -> set[str]:
+        """Tensors of which somebody still holds a lazy view: more may come of them."""
+        return {source.entry.name for source in list(self._sources)}
+
+    def guard(self, weights: Iterable[tuple[str, torch.Tensor]]) -> NamedWeights:
         """Pass the weights on; before their end is told, everything recorded is in place.
 
         What a loader copies after that (it may have collected them all) is copied at once.
         """
         yield from weights
-        self._is_exhausted = True
+        self.is_exhausted = True
+        if self.ledger is not None:
+            self.ledger.end()
+        self.report.plan_seconds = time.perf_counter() - self.report.started
         self.flush()
 
     def finish(self, model: torch.nn.Module, was_meta: frozenset[str] = frozenset()) -> None:
@@ -148,21 +174,50 @@ class LoadSession:
 
         Sources of at most one dimension are copied at once: scales, norms and state-space
         parameters, which some loaders read back (``composed_weight_loader``), are all of them.
+        While nothing may be written, they wait too; the guard sees who reads them back.
         """
         shape, stride, _, dtype = geometry(lazy)
-        if len(shape) < 2 or not _is_plain(target, shape) or lazy.source.realised is not None:
-            self.settle([target])
-            with torch._C.DisableTorchFunction():
-                target.copy_(data_of(lazy))
+        entry = lazy.source.entry
+        if not _is_plain(target, shape) or lazy.source.realised is not None:
+            self._blame(entry, "a copy that takes more than moving bytes")
+            self._copy_now(target, lazy)
             return
-        file, where = lazy.source.entry.file, place_of(lazy)
-        transfer = Transfer(file, where, dtype, shape, stride, target.detach()).in_file_order()
+        if 0 in shape:
+            return
+        transfer = Transfer(entry.file, place_of(lazy), dtype, shape, stride, target.detach())
+        transfer = transfer.in_file_order()
         with self._lock:
-            self.report.planned += 1
+            if self.ledger is not None:
+                self.ledger.moved(entry, transfer)
+                self.ledger.strangers |= threading.get_ident() != self._thread
+            is_small = len(shape) < 2 and not self._is_held_back()
+            self.report.planned += not is_small
+        if is_small:
+            self._copy_now(target, lazy)
+            return
+        with self._lock:
             self.report.bytes_needed += transfer.nbytes
-        self._plan(target.device).add(transfer)
-        if self._is_exhausted:
+        self.delivery.add(transfer)
+        if self.is_exhausted:
             self.flush()
+
+    def _is_held_back(self) -> bool:
+        """Whether this thread's copies may wait: nothing may be written, and the guard is here."""
+        return self.delivery.is_gated and threading.get_ident() == self._thread
+
+    def _copy_now(self, target: torch.Tensor, lazy: LazyTensor) -> None:
+        self.delivery.open_gate()
+        self.settle([target])
+        with torch._C.DisableTorchFunction():
+            target.copy_(data_of(lazy))
+
+    def materialised(self, lazy: LazyTensor) -> None:
+        """A loader works with the data of this tensor itself."""
+        self._blame(lazy.source.entry, "its data was worked with")
+
+    def _blame(self, entry: TensorEntry, why: str) -> None:
+        if self.ledger is not None:
+            self.ledger.blamed.setdefault(entry.name, why)
 
     def read(self, lazy: LazyTensor) -> torch.Tensor:
         """The data of a lazy tensor, on the CPU, in memory of its own."""
@@ -180,15 +235,20 @@ class LoadSession:
 
     def settle(self, tensors: Iterable[torch.Tensor]) -> None:
         """Return once no transfer into these tensors' storages is under way."""
+        if self.delivery.is_idle:
+            return
         with torch._C.DisableTorchFunction():
-            touched = any(
-                is_traceable_wrapper_subclass(tensor) or plan.touches(tensor)
-                for tensor in tensors
-                if _has_memory(tensor)
-                for plan in list(self._plans.values())
-            )
+            touched = any(self.delivery.touches(tensor) for tensor in tensors)
         if touched:
             self.flush()
+
+    def observed(self, func: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
+        """A loader runs something on real tensors that is no copy of a lazy one."""
+        with torch._C.DisableTorchFunction():
+            tensors = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
+            if self.ledger is not None:
+                self.ledger.touched(getattr(func, "__name__", repr(func)), tensors)
+        self.settle(tensors)
 
     def abort(self, reason: PlanAborted) -> PlanAborted:
         """Remember that this load cannot be finished by plan, and why; returns ``reason``."""
@@ -201,8 +261,7 @@ class LoadSession:
         Raises:
             CheckpointError: A shard could not be read.
         """
-        for device, plan in list(self._plans.items()):
-            plan.flush(self._pools[device].drain)
+        self.delivery.flush()
 
     def __enter__(self) -> LoadSession:
         return self
@@ -212,23 +271,8 @@ class LoadSession:
         with ExitStack() as closing:
             for checkpoint, drop_cache in self._checkpoints:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)
-            for pool in self._pools.values():
-                closing.callback(pool.close)
+            closing.callback(self.delivery.close)
             self.report.bytes_read = self._bytes_read()
-
-    def _plan(self, device: torch.device) -> Plan:
-        with self._lock:
-            if device not in self._plans:
-                pool = self._pools[device] = ReaderPool(device, self._settings)
-                self.report.threads += pool.threads
-                self._plans[device] = Plan(window_bytes(device), pool.submit)
-            return self._plans[device]
-
-    def _is_idle(self) -> bool:
-        """Whether nothing is pending here; a forked child has no readers to wait for."""
-        if os.getpid() != self._process:
-            return True
-        return all(plan.is_empty for plan in list(self._plans.values()))
 
     def _bytes_read(self) -> int:
         return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)
@@ -239,11 +283,7 @@ def _is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
     return (
         tuple(target.shape) == shape
         and target.device.type in ("cpu", "cuda")
-        and _has_memory(target)
+        and target.layout is torch.strided
         and not is_traceable_wrapper_subclass(target)
         and not (target.is_conj() or target.is_neg())
     )
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta

@@ -18,6 +18,7 @@ class Settings:
 
     Attributes:
         multithread_load: Whether loads go through weightlift at all.
+        fast_load: Whether plans are derived from one layer of each kind.
         num_load_threads: Reader threads of this process; 0 chooses by the cores it may use.
         staging_mib: Most host memory, in MiB, for bytes in flight to one device: the pinned ring
             on CUDA (strided sources take half as much again to be packed), scratch elsewhere.
@@ -27,6 +28,7 @@ class Settings:
     """
 
     multithread_load: bool = True
+    fast_load: bool = False
     num_load_threads: int = 0
     staging_mib: int = 256
     report: str = ""

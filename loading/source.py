@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -24,6 +24,12 @@ class Recorder(Protocol):
     def read(self, lazy: LazyTensor) -> torch.Tensor:
         """The data of a lazy tensor, on the CPU, with its shape and strides."""
         ...
+
+    def materialised(self, lazy: LazyTensor) -> None:
+        """Note that a loader works with the data of a lazy tensor."""
+
+    def observed(self, func: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
+        """Note that a loader runs ``func`` on these real tensors, and settle them."""
 
     def settle(self, tensors: Iterable[torch.Tensor]) -> None:
         """Return once no transfer into these tensors' storages is under way."""

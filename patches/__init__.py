@@ -5,13 +5,27 @@ Nothing here imports torch or an engine before that engine has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from weightlift.compat.engines import Engine
+
+
+@dataclass(frozen=True)
+class PatchFile:
+    """The patches of one module of an engine.
+
+    Attributes:
+        target: The engine's module.
+        source: The module of ours with its ``PATCHES``; those of other targets do not count.
+        versions: PEP 440 range of the releases that have the target.
+    """
+
+    target: str
+    source: str
+    versions: str = ">=0"
 
 
 @dataclass(frozen=True)
@@ -22,13 +36,13 @@ class Integration:
         engine: Its import name.
         versions: PEP 440 range of the versions that the tests load models with.
         newest: The newest of them, which later versions are taken for on request.
-        patch_files: By module of the engine, the module of ours with its ``PATCHES``.
+        patch_files: What is patched, module by module.
     """
 
     engine: str
     versions: str
     newest: str
-    patch_files: Mapping[str, str]
+    patch_files: tuple[PatchFile, ...]
 
     def selected_version(self, engine: Engine, *, untested: bool) -> Version | None:
         """The version whose patches this engine gets, or None if it gets none."""
@@ -37,16 +51,36 @@ class Integration:
             return version
         return Version(self.newest) if untested else None
 
+    def files(self, engine: Engine) -> list[PatchFile]:
+        """The modules that are patched in this engine, which may be of an untested version."""
+        version = self.selected_version(engine, untested=True)
+        assert version, "the newest version stands in for those that are not known"
+        return [
+            file
+            for file in self.patch_files
+            if SpecifierSet(file.versions).contains(version, prereleases=True)
+        ]
+
 
 SGLANG = Integration(
     engine="sglang",
     versions=">=0.4.9.post2,<0.5.24",
     newest="0.5.23",
-    patch_files={
-        "sglang.srt.model_loader.loader": "weightlift.patches.sglang.loader",
-        "sglang.srt.server_args": "weightlift.patches.sglang.flags",
-        "sglang.srt.entrypoints.engine": "weightlift.patches.sglang.keywords",
-    },
+    patch_files=(
+        PatchFile("sglang.srt.model_loader.loader", "weightlift.patches.sglang.loader"),
+        PatchFile("sglang.srt.server_args", "weightlift.patches.sglang.flags"),
+        PatchFile("sglang.srt.entrypoints.engine", "weightlift.patches.sglang.keywords"),
+        PatchFile(
+            "sglang.srt.model_executor.model_runner",
+            "weightlift.patches.sglang.updates",
+            "<0.5.16",
+        ),
+        PatchFile(
+            "sglang.srt.model_executor.model_runner_components.weight_updater",
+            "weightlift.patches.sglang.updates",
+            ">=0.5.16",
+        ),
+    ),
 )
 
 INTEGRATIONS: tuple[Integration, ...] = (SGLANG,)

@@ -21,8 +21,8 @@ def patches() -> str:
     lines = ["# Patches", "", "Generated from the records by `scripts/docs`.", ""]
     for integration in INTEGRATIONS:
         lines += [f"## {integration.engine} {integration.versions}", ""]
-        for patch_file in integration.patch_files.values():
-            records: tuple[Patch, ...] = importlib.import_module(patch_file).PATCHES
+        for source in dict.fromkeys(file.source for file in integration.patch_files):
+            records: tuple[Patch, ...] = importlib.import_module(source).PATCHES
             for patch in records:
                 lines += [f"### `{patch.path}`", "", f"In `{patch.module}`, {patch.versions}.", ""]
                 notes = {"Why": patch.why, "How": patch.how, "Upstream": patch.upstream}

@@ -8,10 +8,8 @@ imported.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +17,15 @@ import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.loading.errors import CheckpointError, WeightliftError
-from weightlift.loading.leftovers import meta_names
+from weightlift.loading.errors import CheckpointError, UpdateRefused, WeightliftError
 from weightlift.loading.reader import warm_up
 from weightlift.loading.report import LoadReport
-from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
+from weightlift.loading.transaction import Transaction, active_transaction
 from weightlift.patches.sglang import weights as weights_module
-from weightlift.patches.sglang.weights import NamedWeights, RestartableWeights, extra_config
+from weightlift.patches.sglang.history import history_of
+from weightlift.patches.sglang.planned import PlannedLoad
+from weightlift.patches.sglang.weights import RestartableWeights, extra_config, load_format
 
 _FORMATS = ("auto", "safetensors")
 
@@ -37,16 +36,44 @@ def _load_weights_and_postprocess(
     """Load by plan if this load allows it, else as the engine does; either way, report."""
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     model, weights = call.arguments["model"], call.arguments["weights"]
+    transaction = active_transaction()
+    if transaction and transaction.failure:
+        # The engine's own rollback would read the new checkpoint again. The old weights are in
+        # place, or come back when the ranks agreed on it; what was unpacked for them is packed.
+        postprocess = getattr(type(weights.loader), "postprocess_weights", lambda *_: None)
+        return postprocess(model, call.arguments["target_device"])
+    try:
+        return _load(wrapped, call)
+    except Exception as error:
+        if transaction:
+            _tell(transaction, error)
+        raise
+
+
+def _load(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+    model, weights = call.arguments["model"], call.arguments["weights"]
     settings = context_of("sglang").settings()
     report = _report(model, weights)
     reason = _refusal(model, weights, call.arguments["target_device"], settings)
     if reason:
         report.fall_back(_insist(reason, settings))
-        result = wrapped(*args, **kwargs)
+        result = _load_natively(wrapped, call)
     else:
         result = _load_by_plan(wrapped, call, settings, report)
+    if report.model_path:
+        history = history_of(model)
+        history.path = report.model_path
+        history.load_format = load_format(weights.loader)
     report.finish(settings.report)
     return result
+
+
+def _load_natively(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+    """Load as the engine does; in an update, once all ranks agreed to begin."""
+    transaction = active_transaction()
+    if transaction:
+        transaction.begin()
+    return wrapped(*call.args, **call.kwargs)
 
 
 def _load_by_plan(
@@ -57,21 +84,31 @@ def _load_by_plan(
 ) -> Any:
     """Load with lazy tensors; if the loader cannot do with them, load again with real ones."""
     model, weights = call.arguments["model"], call.arguments["weights"]
-    session = LoadSession(_with_engine_threads(settings, weights.loader), report)
+    planned = PlannedLoad(model, _with_engine_threads(settings, weights.loader), report)
     try:
-        with _loading_lazily(model, session):
+        with planned.replacing_load_weights():
             result = wrapped(*call.args, **call.kwargs)
     except Exception as error:
         # A damaged file stays damaged, and post-processing must not run twice. Anything else
         # may be a lazy tensor's fault; what is not fails again, with this error as its context.
-        if session.is_finished or isinstance(error, CheckpointError):
+        if planned.session.is_finished or isinstance(error, (CheckpointError, UpdateRefused)):
             raise
-        report.fall_back(_insist(str(session.aborted or repr(error)), settings))
+        report.fall_back(_insist(str(planned.session.aborted or repr(error)), settings))
         call.arguments["weights"] = weights.restart()
-        return wrapped(*call.args, **call.kwargs)
+        return _load_natively(wrapped, call)
     if not report.tensors:
         report.fall_back(_insist("it has no safetensors files", settings))
     return result
+
+
+def _tell(transaction: Transaction, error: Exception) -> None:
+    """Keep the other ranks from beginning, if they have not; all hear of it at the end.
+
+    Raises:
+        UpdateRefused: Nothing was written on any rank.
+    """
+    transaction.begin(str(error))
+    transaction.fail(str(error))
 
 
 def _load_model(
@@ -103,8 +140,7 @@ def _loader_refusal(loader: Any) -> str:
         return f"{type(loader).__name__} has ways of its own"
     if extra_config(loader).get("enable_multithread_load") is False:
         return "--model-loader-extra-config says enable_multithread_load=false"
-    wanted = loader.load_config.load_format
-    wanted = str(getattr(wanted, "value", wanted))
+    wanted = load_format(loader)
     return "" if wanted in _FORMATS else f"--load-format {wanted} has ways of its own"
 
 
@@ -161,35 +197,6 @@ def _report(model: torch.nn.Module, weights: Any) -> LoadReport:
         rank=torch.distributed.get_rank() if distributed else 0,
         architecture=type(model).__name__,
     )
-
-
-@contextmanager
-def _loading_lazily(model: Any, session: LoadSession) -> Iterator[None]:
-    """Within this, ``model.load_weights`` gets lazy tensors and returns with all of them in place.
-
-    The method is shadowed on the instance, the one point that every release calls between making
-    the iterator and post-processing what was loaded.
-    """
-    original = model.load_weights
-    was_meta = meta_names(model)
-
-    @functools.wraps(original)
-    def load_weights(weights: NamedWeights, *args: Any, **kwargs: Any) -> Any:
-        with session:
-            with session.armed():
-                result = original(session.guard(weights), *args, **kwargs)
-            session.finish(model, was_meta)
-        return result
-
-    before = vars(model).get("load_weights")
-    vars(model)["load_weights"] = load_weights
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(model)["load_weights"]
-        else:
-            vars(model)["load_weights"] = before
 
 
 PATCHES: tuple[Patch, ...] = (

@@ -17,6 +17,7 @@ import torch
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.session import active_session
+from weightlift.loading.transaction import active_transaction
 from weightlift.patches import SGLANG
 
 MODULE = "sglang.srt.model_loader.loader"
@@ -61,6 +62,12 @@ def extra_config(loader: Any) -> Mapping[str, Any]:
     return given if isinstance(given, Mapping) else {}
 
 
+def load_format(loader: Any) -> str:
+    """The format that this loader of the engine is for."""
+    wanted = loader.load_config.load_format
+    return str(getattr(wanted, "value", wanted))
+
+
 def _get_all_weights(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> RestartableWeights:
@@ -76,7 +83,25 @@ def _get_weights_iterator(
     """The weights of one source, restartable; an update gets these."""
     source = inspect.signature(wrapped).bind(*args, **kwargs).arguments["source"]
     make = functools.partial(wrapped, *args, **kwargs)
+    transaction = active_transaction()
+    if transaction and transaction.failure:  # the engine rolls back; see the patch of its load
+        make = functools.partial(iter, ())
     return RestartableWeights(make, instance, str(source.model_or_path), "update", make())
+
+
+def _init_loader(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Give the loader of an update the configuration that the server was launched with."""
+    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["load_config"]
+    if active_transaction() is None:
+        _launched_with["extra"] = config.model_loader_extra_config
+    elif not config.model_loader_extra_config:
+        config.model_loader_extra_config = _launched_with.get("extra")
+    wrapped(*args, **kwargs)
+
+
+_launched_with: dict[str, Any] = {}
 
 
 def _safetensors_iterator(
@@ -129,6 +154,17 @@ PATCHES: tuple[Patch, ...] = (
         how="Keeps how it was made beside it.",
         upstream="Nothing of the kind is proposed.",
         drop_when="The patch of `load_weights_and_postprocess` goes.",
+    ),
+    Patch(
+        target=f"{MODULE}:BaseModelLoader.__init__",
+        versions=VERSIONS,
+        wrapper=_init_loader,
+        parameters=("load_config",),
+        why="An update makes a loader from the load format alone: `--model-loader-extra-config` "
+        "of the launch is dropped.",
+        how="Keeps it at launch, and gives it to the loaders of updates.",
+        upstream="sgl-project/sglang#39472 is open.",
+        drop_when="The engine passes it on.",
     ),
     Patch(
         target=f"{MODULE}:safetensors_weights_iterator",

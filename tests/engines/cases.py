@@ -87,6 +87,10 @@ class Outcome:
         modes = {report["mode"] for report in self.reports}
         return "same" if modes == {PLANNED} else "SAME, BUT STOCK"
 
+    def each(self, fact: str) -> list[Any]:
+        """One fact of every report, in order."""
+        return [report[fact] for report in self.reports]
+
 
 def run_cases(
     version: str, cases: Sequence[Case], kinds: Sequence[str] = (STOCK, PLANNED)

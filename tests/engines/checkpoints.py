@@ -93,6 +93,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+MORE_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **QWEN3},
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "intermediate_size": EXPERT_INNER,
+        "sliding_window": None,
+    },
+    "glm4moe": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "head_dim": HEAD,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": False,
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": EXPERT_INNER,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 0,
+    },
+}
+"""Architectures that fast load knows, beside those of the matrix."""
+
 
 def _norm(size: int) -> torch.Tensor:
     return (1 + torch.randn(size) * 0.05).bfloat16()
@@ -122,32 +152,47 @@ def _attention(kind: str, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     yield f"{prefix}k_proj.weight", _matrix(KV_HEADS * HEAD, HIDDEN)
     yield f"{prefix}v_proj.weight", _matrix(KV_HEADS * HEAD, HIDDEN)
     yield f"{prefix}o_proj.weight", _matrix(HIDDEN, HEADS * HEAD)
-    if kind != "llama":
+    if kind == "qwen2":
+        yield f"{prefix}q_proj.bias", _norm(HEADS * HEAD)
+        yield f"{prefix}k_proj.bias", _norm(KV_HEADS * HEAD)
+        yield f"{prefix}v_proj.bias", _norm(KV_HEADS * HEAD)
+    if kind in ("qwen3", "qwen3moe"):
         yield f"{prefix}q_norm.weight", _norm(HEAD)
         yield f"{prefix}k_norm.weight", _norm(HEAD)
 
 
-def _feed_forward(kind: str, layer: int, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if kind in ("qwen3", "llama") or (kind == "deepseek" and layer == 0):
-        yield from _mlp(prefix, INNER)
+def _feed_forward(
+    kind: str, layer: int, experts: int, prefix: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    has_shared = kind in ("deepseek", "glm4moe")
+    if kind in ("qwen2", "qwen3", "llama") or (has_shared and layer == 0):
+        yield from _mlp(f"{prefix}mlp.", INNER)
         return
-    yield f"{prefix}gate.weight", _matrix(EXPERTS, HIDDEN)
-    if kind == "deepseek":
-        yield f"{prefix}gate.e_score_correction_bias", torch.randn(EXPERTS)
-        yield from _mlp(f"{prefix}shared_experts.", EXPERT_INNER)
-    for expert in range(EXPERTS):
-        yield from _mlp(f"{prefix}experts.{expert}.", EXPERT_INNER)
+    if kind == "mixtral":
+        yield f"{prefix}block_sparse_moe.gate.weight", _matrix(experts, HIDDEN)
+        for expert in range(experts):
+            for name, shape in {"w1": (64, 64), "w2": (64, 64), "w3": (64, 64)}.items():
+                yield f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight", _matrix(*shape)
+        return
+    yield f"{prefix}mlp.gate.weight", _matrix(experts, HIDDEN)
+    if has_shared:
+        yield f"{prefix}mlp.gate.e_score_correction_bias", torch.randn(experts)
+        yield from _mlp(f"{prefix}mlp.shared_experts.", EXPERT_INNER)
+    for expert in range(experts):
+        yield from _mlp(f"{prefix}mlp.experts.{expert}.", EXPERT_INNER)
 
 
-def tensors(kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(
+    kind: str, layers: int = LAYERS, experts: int = EXPERTS
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The named tensors of a model of this kind, random."""
     yield "model.embed_tokens.weight", _matrix(VOCABULARY, HIDDEN)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
         yield f"{prefix}input_layernorm.weight", _norm(HIDDEN)
         yield f"{prefix}post_attention_layernorm.weight", _norm(HIDDEN)
         yield from _attention(kind, f"{prefix}self_attn.")
-        yield from _feed_forward(kind, layer, f"{prefix}mlp.")
+        yield from _feed_forward(kind, layer, experts, prefix)
     yield "model.norm.weight", _norm(HIDDEN)
     yield "lm_head.weight", _matrix(VOCABULARY, HIDDEN)
 
@@ -165,20 +210,31 @@ def in_blocks_of_fp8(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(sorted(stored.items()))
 
 
-def make_checkpoint(folder: Path, kind: str, seed: int, *, block_fp8: bool = False) -> Path:
+def make_checkpoint(
+    folder: Path,
+    kind: str,
+    seed: int,
+    *,
+    block_fp8: bool = False,
+    layers: int = LAYERS,
+    experts: int = EXPERTS,
+    shards: int = SHARDS,
+) -> Path:
     """Write a model of this kind; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    named = dict(sorted(tensors(kind)))
-    config = {**COMMON, **CONFIGS[kind]}
+    named = dict(sorted(tensors(kind, layers, experts)))
+    config = {**COMMON, **{**CONFIGS, **MORE_CONFIGS}[kind], "num_hidden_layers": layers}
+    counts = config.keys() & {"num_experts", "n_routed_experts", "num_local_experts"}
+    config.update(dict.fromkeys(counts, experts))
     if block_fp8:
         named = in_blocks_of_fp8(named)
         config["quantization_config"] = QUANTIZATION
     names = list(named)
     weight_map = {}
-    size = -(-len(names) // SHARDS)
-    for number in range(SHARDS):
-        file = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
+    size = -(-len(names) // shards)
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         part = names[number * size : (number + 1) * size]
         save_file({name: named[name] for name in part}, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, file))

@@ -1,0 +1,173 @@
+"""How a load comes by its plan: as the last time, from samples, or from every tensor."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading.expectation import Expectation, coverage
+from weightlift.loading.families import HELD_SECONDS, Families, derive, kinds, samples
+from weightlift.loading.parameters import Geometry, Parameters
+from weightlift.loading.recording import Ledger, Recipe, Recording
+from weightlift.loading.replay import deliver
+from weightlift.loading.session import LoadSession, NamedWeights
+
+
+@dataclass
+class Planner:
+    """Gives the engine's loader what it must see, and the readers what is known without it.
+
+    Attributes:
+        parameters: Those of the model.
+        configuration: What the engine's loader depends on besides parameters and checkpoint.
+        recording: A load before this one, to be done again if it holds.
+        families: What repeats in the model, if that is declared.
+        is_fast: Whether fast load is wanted, where families are declared.
+        expectation: What a checkpoint must bring.
+        ledger: What the engine did with each tensor that it saw.
+        plan: ``replay``, ``fast`` or ``full``, once it is known.
+        note: Why it was not the cheaper one.
+    """
+
+    parameters: Parameters
+    configuration: str = ""
+    recording: Recording | None = None
+    families: Families | None = None
+    is_fast: bool = False
+    expectation: Expectation | None = None
+    ledger: Ledger = field(init=False)
+    plan: str = "full"
+    note: str = ""
+    _geometry: Geometry = field(init=False)
+    _recipes: dict[str, Recipe] = field(default_factory=dict)
+    _sources: int = 0
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.parameters, self.families.seen if self.families else ())
+        self._geometry = self.parameters.geometry()
+
+    def weights(self, session: LoadSession, checkpoint: Checkpoint) -> NamedWeights:
+        """What the engine must see of a checkpoint, lazily; the rest is on its way."""
+        self._sources += 1
+        if self.expectation is not None:
+            self.expectation.check(checkpoint)
+        if self.recording is not None and self._sources == 1:
+            misfit = self.recording.misfit(checkpoint.entries(), self._geometry, self.configuration)
+            if not misfit:
+                self.plan = "replay"
+                yield from self._replayed(session, checkpoint, self.recording)
+                return
+            self.note = misfit
+        if self.families is not None and self.is_fast:
+            yield from self._fast(session, checkpoint, self.families)
+        else:
+            yield from session.lazies(checkpoint)
+
+    def recorded(self, returned: Any) -> tuple[Recording | None, str]:
+        """This load to be done again; or None, and why it cannot be.
+
+        Where families are declared, what the loader does besides copying is known to depend on
+        the tensors that it must see alone. Elsewhere it must have done nothing of the kind.
+
+        Args:
+            returned: What the engine's loader returned.
+        """
+        if self.plan == "replay":
+            return self.recording, ""
+        if self._sources != 1:
+            return None, f"its weights come from {self._sources} sources"
+        recipes = self.recipes()
+        for_engine = {
+            name: self.ledger.stored(name) for name in self.ledger.names() if name not in recipes
+        }
+        if self.families is None:
+            if self.ledger.after_all:
+                return None, f"the loader went on with parameters: {self.ledger.after_all}"
+            if self.ledger.strangers:
+                return None, "the loader has threads of its own"
+            if for_engine:
+                name = next(iter(for_engine))
+                return None, f"{name}: {self.ledger.blamed[name]}"
+        kept = Recording(recipes, for_engine, self._geometry, self.configuration, returned)
+        return kept, ""
+
+    def recipes(self) -> dict[str, Recipe]:
+        """What became of the tensors that only were copied, by name."""
+        if self.plan == "replay" and self.recording is not None:
+            return dict(self.recording.recipes)
+        self.ledger.blame_overlaps()
+        names = self.ledger.names()
+        seen = {name: found for name in names if (found := self.ledger.recipe(name))}
+        return seen | self._recipes
+
+    def expected(self) -> Expectation:
+        """What a later checkpoint must bring, now that this one is loaded."""
+        if self.plan == "replay" and self.expectation is not None:
+            return self.expectation
+        recipes = self.recipes()
+        shapes = {name: recipe.shape for name, recipe in recipes.items() if recipe.moves}
+        shapes |= {name: self.ledger.stored(name)[0] for name in self.ledger.blamed}
+        return Expectation(shapes, coverage(recipes.values()))
+
+    def check_coverage(self, path: str) -> None:
+        """See that the plan fills what the load before filled.
+
+        Raises:
+            CheckpointError: It does not.
+        """
+        if self.expectation is not None and self.plan != "replay":
+            self.expectation.check_coverage(coverage(self.recipes().values()), path)
+
+    def _replayed(
+        self, session: LoadSession, checkpoint: Checkpoint, recording: Recording
+    ) -> NamedWeights:
+        session.report.replayed = deliver(session, checkpoint, recording.recipes, self.parameters)
+        session.report.tensors += len(recording.recipes)
+        yield from session.lazies(checkpoint, recording.for_engine.keys())
+
+    def _fast(
+        self, session: LoadSession, checkpoint: Checkpoint, families: Families
+    ) -> NamedWeights:
+        found = kinds(checkpoint.entries(), self.parameters, families)
+        derivable = {
+            entry.name
+            for kind in found
+            for layer in kind.layers.values()
+            for entry in layer.values()
+        }
+        sampled = {name for kind in found for name in samples(kind, families)}
+        first = [*sampled, *(e.name for e in checkpoint.entries() if e.name not in derivable)]
+        if not sampled or len(first) == len(sampled):
+            self.note = "nothing repeats in it" if not sampled else "all of it repeats"
+            yield from session.lazies(checkpoint)
+            return
+        # Whoever iterates still holds the last tensor that it got: that must be no sample.
+        last = first.pop()
+        yield from session.lazies(checkpoint, frozenset(first))
+        yield from session.lazies(checkpoint, frozenset((last,)))
+        if self._are_done_with(session, sampled):
+            self.ledger.blame_overlaps()
+            for kind in found:
+                self._recipes |= derive(kind, self.ledger.recipe, self.parameters, families)
+        rest = derivable - sampled - self._recipes.keys()
+        if self._recipes:
+            self.plan = "fast"
+            session.report.tensors += len(self._recipes)
+            session.report.extrapolated += deliver(
+                session, checkpoint, self._recipes, self.parameters
+            )
+        if rest:
+            self.note = f"{len(rest)} tensors do not follow from samples, such as {min(rest)}"
+            yield from session.lazies(checkpoint, rest)
+
+    def _are_done_with(self, session: LoadSession, names: set[str]) -> bool:
+        """Whether the loader's own threads, too, have let go of these tensors, in time."""
+        until = time.monotonic() + HELD_SECONDS
+        while any(name in names for name in session.held_names()):
+            if time.monotonic() > until:
+                self.note = "the loader keeps the tensors that it gets"
+                return False
+            time.sleep(0.001)
+        return True

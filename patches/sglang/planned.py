@@ -1,0 +1,106 @@
+"""One load by plan: the model's ``load_weights`` gets what it must see, lazily."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from weightlift.loading.leftovers import meta_names
+from weightlift.loading.parameters import Parameters
+from weightlift.loading.planner import Planner
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession, NamedWeights
+from weightlift.loading.settings import Settings
+from weightlift.loading.transaction import active_transaction
+from weightlift.patches.sglang.architectures import configuration, families_of
+from weightlift.patches.sglang.history import history_of
+
+
+class PlannedLoad:
+    """A launch or an update of one model.
+
+    Args:
+        model: The model.
+        settings: Threads, memory, whether fast load is wanted.
+        report: Counts what happens.
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: Settings, report: LoadReport) -> None:
+        self._model = model
+        self._report = report
+        self._history = history_of(model)
+        self._transaction = active_transaction()
+        is_update = report.phase == "update"
+        self._planner = Planner(
+            Parameters.of(model),
+            configuration(model),
+            recording=self._history.recordings.get(report.phase) if is_update else None,
+            families=families_of(model),
+            is_fast=settings.fast_load,
+            expectation=self._history.expectation if self._transaction else None,
+        )
+        self.session = LoadSession(
+            settings,
+            report,
+            self._planner.ledger,
+            self._planner.weights,
+            self._before_write if self._transaction else None,
+        )
+
+    @contextmanager
+    def replacing_load_weights(self) -> Iterator[None]:
+        """Within this, ``model.load_weights`` gets lazy tensors and returns with all in place.
+
+        The method is shadowed on the instance, the one point that every release calls between
+        making the iterator and post-processing what was loaded.
+        """
+        original: Any = self._model.load_weights
+        own = vars(self._model)
+        before = own.get("load_weights")
+        own["load_weights"] = functools.wraps(original)(
+            functools.partial(self._load_weights, original)
+        )
+        try:
+            yield
+        finally:
+            del own["load_weights"]
+            if before is not None:
+                own["load_weights"] = before
+
+    def _load_weights(self, original: Any, weights: NamedWeights, *args: Any, **kwargs: Any) -> Any:
+        was_meta = meta_names(self._model)
+        with self.session:
+            with self.session.armed():
+                guarded = self.session.guard(weights)
+                first = list(itertools.islice(guarded, 1))
+                if not first and self._planner.plan == "replay":
+                    # All of it was done again; the loader has nothing to see and nothing to do.
+                    assert self._planner.recording is not None
+                    result = self._planner.recording.returned
+                else:
+                    result = original(itertools.chain(first, guarded), *args, **kwargs)
+            self.session.finish(self._model, was_meta)
+        self._remember(result)
+        return result
+
+    def _before_write(self) -> None:
+        """All is planned, or something must be written to go on: may it be?"""
+        assert self._transaction is not None
+        if self.session.is_exhausted:
+            self._planner.check_coverage(self._report.model_path)
+        self._transaction.begin()
+
+    def _remember(self, returned: Any) -> None:
+        recording, why = self._planner.recorded(returned)
+        if recording is None:
+            self._history.recordings.pop(self._report.phase, None)
+        else:
+            self._history.recordings[self._report.phase] = recording
+        self._history.expectation = self._planner.expected()
+        self._report.plan = self._planner.plan
+        self._report.plan_note = self._planner.note or why
