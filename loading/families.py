@@ -23,7 +23,7 @@ PROBES = 16
 """Stretches that the experts of a layer are cut into; both ends of each are traced. Expert
 parallelism gives a rank one stretch or several, for up to 16 ranks."""
 
-HELD_SECONDS = 10.0
+HELD_SECONDS = 2.0
 """How long a loader's own threads may take to finish with the samples."""
 
 Trace = Callable[[str], Recipe | None]

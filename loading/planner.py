@@ -165,7 +165,7 @@ class Planner:
     def _are_done_with(self, session: LoadSession, names: set[str]) -> bool:
         """Whether the loader's own threads, too, have let go of these tensors, in time."""
         until = time.monotonic() + HELD_SECONDS
-        while any(name in names for name in session.held_names()):
+        while session.held_names() & (names - self.ledger.blamed.keys()):
             if time.monotonic() > until:
                 self.note = "the loader keeps the tensors that it gets"
                 return False

@@ -30,6 +30,16 @@ def deliver(
     Returns:
         How many moves there were.
     """
+    with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
+        return _deliver(session, checkpoint, recipes, parameters)
+
+
+def _deliver(
+    session: LoadSession,
+    checkpoint: Checkpoint,
+    recipes: Mapping[str, Recipe],
+    parameters: Parameters,
+) -> int:
     count = 0
     memories: dict[str, tuple[torch.Tensor, list[Run]]] = {}
     runs_by_device: dict[torch.device, list[Run]] = {}
