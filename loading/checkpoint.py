@@ -105,11 +105,14 @@ class Checkpoint:
         for folder in {os.path.dirname(shard.file.path) for shard in self.shards}:
             index = Path(folder, INDEX_NAME)
             weight_map = _weight_map(index) if index.is_file() else {}
+            shards: dict[str, Shard | None] = {}
             for file in sorted(set(weight_map.values())):
-                if not os.path.exists(os.path.join(folder, file)):
-                    raise CheckpointError(os.path.join(folder, file), f"it is missing; {_TWO}")
+                path = os.path.join(folder, file)
+                if not os.path.exists(path):
+                    raise CheckpointError(path, f"it is missing; {_TWO}")
+                shards[file] = opened.get(os.path.realpath(path))
             for name, file in weight_map.items():
-                shard = opened.get(os.path.realpath(os.path.join(folder, file)))
+                shard = shards[file]
                 if shard and name not in shard.tensors:
                     problem = f"it is not in the file; {_TWO}"
                     raise CheckpointError(shard.file.path, problem, tensor=name)
@@ -154,7 +157,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     """The index's map of tensor names to files of its own folder."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        for file in weight_map.values():
+        for file in set(weight_map.values()):
             os.fsencode(file)
             if os.path.basename(file) != file or file in ("", "..") or "\0" in file:
                 raise ValueError(f"it names {file!r}, which is no file of its folder")

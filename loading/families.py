@@ -106,7 +106,7 @@ def _forms(parameters: Parameters, families: Families) -> dict[str, frozenset[ob
     for name, tensor in parameters.tensors.items():
         before, mark, rest = name.partition(families.layers)
         number, _, rest = rest.partition(".")
-        if mark:
+        if mark and name not in parameters.buffers:
             found.setdefault(number, set()).add((before, rest, form(tensor)))
     return {number: frozenset(forms) for number, forms in found.items()}
 
@@ -173,21 +173,23 @@ def derive(
     inside = {rest: recipe for rest, recipe in inside.items() if _role(rest, families) not in wrong}
     recipes: dict[str, Recipe] = {}
     for other, layer in kind.layers.items():
-        renamed = f"{families.layers}{other}."
-        targets = (
-            {
-                move.target: move.target.replace(mark, renamed, 1)
-                for recipe in inside.values()
-                for move in recipe.moves
-            }
-            if other != number
-            else {}
-        )
+        targets = _targets(inside, mark, f"{families.layers}{other}.")
+        absent = {name for name, new in targets.items() if not parameters.are_alike(name, new)}
         for rest, recipe in inside.items():
             name = layer[rest].name
-            if name not in sampled:
-                recipes[name] = _renamed(recipe, targets) if targets else recipe
+            if name in sampled or any(move.target in absent for move in recipe.moves):
+                continue
+            recipes[name] = recipe if other == number else _renamed(recipe, targets)
     return recipes
+
+
+def _targets(known: Mapping[str, Recipe], mark: str, renamed: str) -> dict[str, str]:
+    """What the targets of one layer's recipes are called in another."""
+    return {
+        move.target: move.target.replace(mark, renamed, 1)
+        for recipe in known.values()
+        for move in recipe.moves
+    }
 
 
 def _renamed(recipe: Recipe, targets: Mapping[str, str]) -> Recipe:
@@ -280,9 +282,7 @@ def _contradicted(
         for rest, entry in kind.layers[number].items():
             if entry.name not in sampled or rest not in known:
                 continue
-            targets = {
-                move.target: move.target.replace(mark, renamed, 1) for move in known[rest].moves
-            }
+            targets = _targets({rest: known[rest]}, mark, renamed)
             if trace(entry.name) != _renamed(known[rest], targets):
                 wrong.add(_role(rest, families))
     return wrong

@@ -17,9 +17,13 @@ class Parameters:
 
     Args:
         named: Parameters and buffers; those without memory of their own are left out.
+        buffers: Names of those that are buffers, which modules often share.
     """
 
-    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, named: Mapping[str, torch.Tensor], buffers: frozenset[str] = frozenset()
+    ) -> None:
+        self.buffers = buffers
         self.tensors = {
             name: tensor.detach() for name, tensor in named.items() if _has_memory(tensor)
         }
@@ -31,7 +35,8 @@ class Parameters:
     @classmethod
     def of(cls, model: torch.nn.Module) -> Parameters:
         """Those of a model, each under its first name."""
-        return cls({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        buffers = dict(model.named_buffers())
+        return cls({**dict(model.named_parameters()), **buffers}, frozenset(buffers))
 
     def locate(self, target: torch.Tensor) -> tuple[str, int] | None:
         """Whose memory ``target`` starts in, and at which byte of it."""
@@ -55,6 +60,12 @@ class Parameters:
             )
             self._memory[name] = found
         return found
+
+    def are_alike(self, name: str, other: str) -> bool:
+        """Whether what fits one of two fits the other."""
+        if other not in self.tensors:
+            return False
+        return name == other or form(self.tensors[name]) == form(self.tensors[other])
 
     def geometry(self) -> Geometry:
         """Name, address, shape, strides, dtype and device of each, in the model's order."""

@@ -38,7 +38,8 @@ class LoadReport:
         threads: Reader threads that took part; 0 where a load was too small for any.
         bytes_needed: Bytes that this rank's parameters are made from.
         bytes_read: Bytes that came from the files, headers included.
-        plan_seconds: From the start of the load until its last copy was known.
+        plan_seconds: From open shards until the last copy was known; reading goes on meanwhile,
+            except in an update, which writes nothing before that.
         seconds: From the start of the load to its last byte in place.
     """
 

@@ -70,6 +70,7 @@ class LoadSession:
         self.is_exhausted = False
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._thread = 0
+        self._plan_started = report.started
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -106,7 +107,9 @@ class LoadSession:
 
     def iterate(self, files: Iterable[str], *, drop_cache: bool = False) -> NamedWeights:
         """:meth:`open`, then what the loader must see of it."""
-        yield from self._weights(self, self.open(files, drop_cache=drop_cache))
+        checkpoint = self.open(files, drop_cache=drop_cache)
+        self._plan_started = time.perf_counter()
+        yield from self._weights(self, checkpoint)
 
     def lazies(self, checkpoint: Checkpoint, wanted: Container[str] | None = None) -> NamedWeights:
         """The tensors of open shards, lazily: file by file as given, each sorted by name.
@@ -144,7 +147,7 @@ class LoadSession:
         self.is_exhausted = True
         if self.ledger is not None:
             self.ledger.end()
-        self.report.plan_seconds = time.perf_counter() - self.report.started
+        self.report.plan_seconds = time.perf_counter() - self._plan_started
         self.flush()
 
     def finish(self, model: torch.nn.Module, was_meta: frozenset[str] = frozenset()) -> None:
