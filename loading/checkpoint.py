@@ -76,6 +76,14 @@ class Checkpoint:
         for shard in self.shards:
             yield from shard.tensors.values()
 
+    def locate(self) -> dict[str, tuple[ShardFile, TensorEntry]]:
+        """Every tensor and its file, by name."""
+        return {
+            name: (shard.file, entry)
+            for shard in self.shards
+            for name, entry in shard.tensors.items()
+        }
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -28,16 +28,16 @@ class Expectation:
         Raises:
             CheckpointError: A tensor is missing, or has another shape.
         """
-        entries = {entry.name: entry for entry in checkpoint.entries()}
+        found = checkpoint.locate()
         first = checkpoint.shards[0].file.path if checkpoint.shards else "the checkpoint"
         for name, shape in self.shapes.items():
-            entry = entries.get(name)
-            if entry is None:
+            if name not in found:
                 problem = "it is in none of the files, though the weights before were made from it"
                 raise CheckpointError(first, problem, tensor=name, remedy=_REMEDY)
+            file, entry = found[name]
             if entry.shape != shape:
                 problem = f"its shape is {entry.shape}, the model was made from {shape}"
-                raise CheckpointError(entry.file.path, problem, tensor=name, remedy=_REMEDY)
+                raise CheckpointError(file.path, problem, tensor=name, remedy=_REMEDY)
 
     def check_coverage(self, coverage: Mapping[str, int], path: str) -> None:
         """See that a plan fills what the plan before filled.

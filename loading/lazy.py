@@ -57,8 +57,8 @@ class LazyTensor(torch.Tensor):
         return _HANDLERS.get(func, _run)(func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
-        entry = self.source.entry
-        return f"LazyTensor({entry.name!r} of {entry.file.path!r}, shape={tuple(self.shape)})"
+        name, path = self.source.entry.name, self.source.file.path
+        return f"LazyTensor({name!r} of {path!r}, shape={tuple(self.shape)})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise _aborted(self, f"{self!r} was pickled")
@@ -100,7 +100,7 @@ def place_of(lazy: LazyTensor) -> int:
     if 0 not in shape and start + length > entry.nbytes:
         problem = f"a view of bytes {start} to {start + length} is out of its {entry.nbytes}"
         remedy = "The model's loader asks for more than is there."
-        raise CheckpointError(entry.file.path, problem, tensor=entry.name, remedy=remedy)
+        raise CheckpointError(lazy.source.file.path, problem, tensor=entry.name, remedy=remedy)
     return entry.offset + start
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.expectation import Expectation, coverage
 from weightlift.loading.families import HELD_SECONDS, Families, derive, kinds, samples
+from weightlift.loading.header import TensorEntry
 from weightlift.loading.parameters import Geometry, Parameters
 from weightlift.loading.recording import Ledger, Recipe, Recording
 from weightlift.loading.replay import deliver
@@ -43,6 +45,7 @@ class Planner:
     _geometry: Geometry = field(init=False)
     _recipes: dict[str, Recipe] = field(default_factory=dict)
     _sources: int = 0
+    _headers: tuple[Mapping[str, TensorEntry], ...] = ()
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.parameters, self.families.seen if self.families else ())
@@ -51,15 +54,16 @@ class Planner:
     def weights(self, session: LoadSession, checkpoint: Checkpoint) -> NamedWeights:
         """What the engine must see of a checkpoint, lazily; the rest is on its way."""
         self._sources += 1
-        if self.expectation is not None:
-            self.expectation.check(checkpoint)
+        self._headers = tuple(shard.tensors for shard in checkpoint.shards)
         if self.recording is not None and self._sources == 1:
-            misfit = self.recording.misfit(checkpoint.entries(), self._geometry, self.configuration)
+            misfit = self.recording.misfit(checkpoint, self._geometry, self.configuration)
             if not misfit:
                 self.plan = "replay"
                 yield from self._replayed(session, checkpoint, self.recording)
                 return
             self.note = misfit
+        if self.expectation is not None:
+            self.expectation.check(checkpoint)
         if self.families is not None and self.is_fast:
             yield from self._fast(session, checkpoint, self.families)
         else:
@@ -90,8 +94,8 @@ class Planner:
             if for_engine:
                 name = next(iter(for_engine))
                 return None, f"{name}: {self.ledger.blamed[name]}"
-        kept = Recording(recipes, for_engine, self._geometry, self.configuration, returned)
-        return kept, ""
+        depends_on = self._geometry, self.configuration, self._headers
+        return Recording(recipes, for_engine, *depends_on, returned), ""
 
     def recipes(self) -> dict[str, Recipe]:
         """What became of the tensors that only were copied, by name."""

@@ -7,12 +7,15 @@ see them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.parameters import Geometry, Parameters
 from weightlift.loading.transfer import Transfer, extent
@@ -52,11 +55,12 @@ class Move(NamedTuple):
             return self.nbytes
         return self.nbytes // self.layout.dtype.itemsize * self.layout.target_dtype.itemsize
 
-    def transfer(self, entry: TensorEntry, memory: torch.Tensor) -> Transfer:
+    def transfer(self, file: ShardFile, offset: int, memory: torch.Tensor) -> Transfer:
         """This move, which has a layout, of a tensor of a checkpoint.
 
         Args:
-            entry: The tensor.
+            file: The shard.
+            offset: Where the tensor starts in it.
             memory: The parameter's, flat uint8.
         """
         assert self.layout is not None
@@ -65,7 +69,7 @@ class Move(NamedTuple):
         target = torch.empty(0, dtype=target_dtype, device=memory.device).set_(
             memory.untyped_storage(), skipped // target_dtype.itemsize, shape, target_stride
         )
-        return Transfer(entry.file, entry.offset + self.start, dtype, shape, stride, target)
+        return Transfer(file, offset + self.start, dtype, shape, stride, target)
 
 
 class Recipe(NamedTuple):
@@ -85,6 +89,7 @@ class Recording:
         for_engine: Shape and dtype of the tensors that the engine must see each time.
         geometry: Where the parameters were.
         configuration: What else the engine's loader depends on: ranks, where experts are.
+        headers: The tensors of each shard. The same objects are the same headers.
         returned: What the engine's loader returned.
     """
 
@@ -92,16 +97,19 @@ class Recording:
     for_engine: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     geometry: Geometry
     configuration: str
+    headers: tuple[Mapping[str, TensorEntry], ...]
     returned: Any = None
 
-    def misfit(self, entries: Iterable[TensorEntry], geometry: Geometry, configuration: str) -> str:
+    def misfit(self, checkpoint: Checkpoint, geometry: Geometry, configuration: str) -> str:
         """Why this recording does not hold for such a checkpoint and model, or ''."""
         if configuration != self.configuration:
             return "the ranks or experts are arranged differently"
         if geometry != self.geometry:
             return "the parameters are not where they were"
+        if _are_same(self.headers, checkpoint):
+            return ""
         count = 0
-        for entry in entries:
+        for entry in checkpoint.entries():
             recipe = self.recipes.get(entry.name)
             stored = recipe[:2] if recipe else self.for_engine.get(entry.name)
             if stored != (entry.shape, entry.dtype):
@@ -109,6 +117,11 @@ class Recording:
             count += 1
         known = len(self.recipes) + len(self.for_engine)
         return "" if count == known else f"{known - count} tensors are missing"
+
+
+def _are_same(headers: Sequence[object], checkpoint: Checkpoint) -> bool:
+    now = [shard.tensors for shard in checkpoint.shards]
+    return len(headers) == len(now) and all(map(operator.is_, headers, now))
 
 
 @dataclass

@@ -60,7 +60,7 @@ def _deliver(
                     first = start + move.start
                     runs.append(Run(first, first + move.nbytes, memory, move.place))
                 else:
-                    session.delivery.add(move.transfer(entry, memory))
+                    session.delivery.add(move.transfer(shard.file, start, memory))
                 session.report.bytes_needed += move.nbytes
             count += len(recipe.moves)
         for device, runs in runs_by_device.items():

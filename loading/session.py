@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import weakref
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted, UnsupportedCheckpoint
-from weightlift.loading.files import memory_of
+from weightlift.loading.files import ShardFile, memory_of
 from weightlift.loading.guard import PendingGuard
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.lazy import LazyTensor, data_of, geometry, lazy_tensor, place_of
@@ -79,7 +80,7 @@ class LoadSession:
         _thread.session = self
         self._thread = threading.get_ident()
         try:
-            with PendingGuard(self):
+            with PendingGuard(self), _without_collecting():
                 yield
         finally:
             _thread.session = before
@@ -123,14 +124,14 @@ class LoadSession:
                 for name in sorted(shard.tensors):
                     if wanted is None or name in wanted:
                         progress.update()
-                        yield name, self.lazy(shard.tensors[name])
+                        yield name, self._lazy(shard.tensors[name], shard.file)
 
-    def lazy(self, entry: TensorEntry) -> LazyTensor:
+    def _lazy(self, entry: TensorEntry, file: ShardFile) -> LazyTensor:
         """A tensor of the checkpoint, lazily."""
         self.report.tensors += 1
         if self.ledger is not None:
             self.ledger.offer(entry)
-        source = Source(entry, self)
+        source = Source(entry, file, self)
         self._sources.add(source)
         return lazy_tensor(source)
 
@@ -187,7 +188,7 @@ class LoadSession:
             return
         if 0 in shape:
             return
-        transfer = Transfer(entry.file, place_of(lazy), dtype, shape, stride, target.detach())
+        transfer = Transfer(lazy.source.file, place_of(lazy), dtype, shape, stride, target.detach())
         transfer = transfer.in_file_order()
         with self._lock:
             if self.ledger is not None:
@@ -231,7 +232,7 @@ class LoadSession:
             if 0 in shape:
                 return torch.empty_strided(shape, stride, dtype=dtype)
             data = torch.empty(extent(shape, stride), dtype=dtype)
-            lazy.source.entry.file.read_into(place_of(lazy), [memory_of(data)])
+            lazy.source.file.read_into(place_of(lazy), [memory_of(data)])
             with self._lock:
                 self.report.bytes_needed += data.numel() * dtype.itemsize
             return data.as_strided(shape, stride)
@@ -279,6 +280,18 @@ class LoadSession:
 
     def _bytes_read(self) -> int:
         return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """No garbage collection: planning makes objects by the ten thousand, and none in a cycle."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:

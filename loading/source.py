@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from weightlift.loading.errors import PlanAborted
+from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Source:
     """A tensor of the checkpoint, shared by all lazy views of it.
 
     Attributes:
-        entry: Where it is.
+        entry: Where it is in its file.
+        file: The shard.
         recorder: The load it belongs to.
         meta: Its shape and dtype, on the meta device.
         storage: Identity of the meta storage that its views have in common.
@@ -53,12 +55,13 @@ class Source:
     """
 
     __slots__ = (
-        *("__weakref__", "_lock", "entry", "meta"),
+        *("__weakref__", "_lock", "entry", "file", "meta"),
         *("is_moved", "realised", "recorder", "storage"),
     )
 
-    def __init__(self, entry: TensorEntry, recorder: Recorder) -> None:
+    def __init__(self, entry: TensorEntry, file: ShardFile, recorder: Recorder) -> None:
         self.entry = entry
+        self.file = file
         self.recorder = recorder
         self.meta = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         self.storage: int = self.meta.untyped_storage()._cdata

@@ -73,14 +73,15 @@ def load(
 
 def _check(checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor], path: str) -> None:
     """Every target is in the checkpoint, with its shape."""
-    entries = {entry.name: entry for entry in checkpoint.entries()}
+    found = checkpoint.locate()
     for name, target in targets.items():
         if target.is_meta:
             raise ValueError(f"the target {name!r} is on the meta device and can hold no data")
-        if name not in entries:
+        if name not in found:
             remedy = "Leave it out of the targets, or load another checkpoint."
             raise CheckpointError(path, "it is not in the checkpoint", tensor=name, remedy=remedy)
-        if entries[name].shape != tuple(target.shape):
-            problem = f"its shape is {entries[name].shape}, the target's {tuple(target.shape)}"
-            where, remedy = entries[name].file.path, "Load another checkpoint."
-            raise CheckpointError(where, problem, tensor=name, remedy=remedy)
+        file, entry = found[name]
+        if entry.shape != tuple(target.shape):
+            problem = f"its shape is {entry.shape}, the target's {tuple(target.shape)}"
+            remedy = "Load another checkpoint."
+            raise CheckpointError(file.path, problem, tensor=name, remedy=remedy)

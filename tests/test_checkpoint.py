@@ -35,7 +35,8 @@ def test_entries_tell_where_each_tensor_is(tmp_path: Path) -> None:
         for name, tensor in tensors.items():
             entry = entries[name]
             assert (entry.dtype, entry.shape) == (tensor.dtype, tuple(tensor.shape))
-            assert entry.file.read(entry.offset, entry.nbytes) == tensor.numpy().tobytes()
+            file = checkpoint.locate()[entry.name][0]
+            assert file.read(entry.offset, entry.nbytes) == tensor.numpy().tobytes()
         assert checkpoint.nbytes == 3 * 4 * 4 + 5 * 8
 
 

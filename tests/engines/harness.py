@@ -11,6 +11,7 @@ the engine with every patch taken off.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import importlib
 import inspect
@@ -18,6 +19,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -84,6 +86,45 @@ def sabotage(model_class: Any) -> None:
         return load_weights(self, itertools.chain([(name, first)], weights), *args, **kwargs)
 
     model_class.load_weights = load_badly
+
+
+def inject_fault(model: str) -> None:
+    """Have the first update fail once a part of it is written: ``HARNESS_FAULT=KIND[@RANK]``.
+
+    The disk fails (``disk``), or memory does (``memory``); the rank dies (``die``); the new
+    checkpoint is removed as it is read (``vanish``); or the disk fails and the old checkpoint is
+    gone too (``stranded``).
+    """
+    kind, _, rank = os.environ.get("HARNESS_FAULT", "").partition("@")
+    import torch
+
+    if not kind or (rank and torch.distributed.get_rank() != int(rank)):
+        return
+    placement: Any = importlib.import_module("weightlift.loading.placement")
+    place, windows, read = placement.HostPlacer.place, itertools.count(), os.preadv
+
+    def failing_place(self: Any, window: Any) -> None:
+        if next(windows) != 1:
+            place(self, window)
+            return
+        if kind == "die":
+            os._exit(9)
+        elif kind == "memory":
+            raise MemoryError
+        elif kind == "vanish":
+            shutil.rmtree(os.path.dirname(window.file.path))
+            place(self, window)
+        else:
+            if kind == "stranded":
+                shutil.rmtree(model)
+            os.preadv = failing_read
+            place(self, window)
+
+    def failing_read(*_: Any) -> int:
+        os.preadv = read
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    placement.HostPlacer.place = failing_place
 
 
 def skip_post_processing() -> None:
@@ -172,9 +213,15 @@ def results(case: dict[str, Any], runner: Any) -> dict[str, Any]:
         if not hasattr(runner, "weight_updater"):  # made after the load in newer releases
             runner.init_weight_updater()
         updater = runner.weight_updater
+    inject_fault(case["model"])
     for number, path in enumerate(case.get("updates", [])):
-        done, message = updater.update_weights_from_disk(path, "auto")[:2]
-        told[f"update {number}"] = fingerprint(runner.model) if done else f"failed: {message}"
+        try:
+            done, message = updater.update_weights_from_disk(path, "auto")[:2]
+        except Exception as error:
+            done, message = False, f"raised {error}"
+        told[f"update {number}"] = fingerprint(runner.model)
+        if not done:
+            told[f"failure {number}"] = message
     told["moved"] = before != addresses(runner.model)
     return told
 
