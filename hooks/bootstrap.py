@@ -96,14 +96,14 @@ def _install(integration: Integration) -> None:
     provide(Context(engine, options.OPTIONS, options.settings))
     for file in integration.files(engine):
         module = file.target
-        key = f"{engine.name} {module}"
+        key = f"{engine.name} {file.label}"
         _state.results[key] = Result(Outcome.WAITING, "not imported yet")
         hook = functools.partial(_patch, integration, engine, file.source, key)
         imported = sys.modules.get(module)
         if imported and not getattr(imported.__spec__, "_initializing", False):
             hook(imported)
-        elif module not in _state.hooked:
-            _state.hooked.add(module)
+        elif key not in _state.hooked:
+            _state.hooked.add(key)
             wrapt.register_post_import_hook(hook, module)
 
 

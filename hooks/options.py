@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CONFIG_ENV = "WEIGHTLIFT_CONFIG"
 MOST_READERS = 256
 MOST_STAGING_MIB = 1 << 20
+MOST_STAGE_GIB = 1 << 16
 
 
 def _switch(text: str) -> bool:
@@ -77,6 +78,24 @@ OPTIONS: tuple[Option, ...] = (
         env="WEIGHTLIFT_STAGING_MIB",
         help="Most host memory in MiB for bytes in flight to one device. Default: 256.",
         metavar="MIB",
+    ),
+    Option(
+        name="stage_gib",
+        parse=lambda text: _whole(text, 0, MOST_STAGE_GIB),
+        env="WEIGHTLIFT_STAGE_GIB",
+        help="Host memory in GiB that each rank may take to read the next checkpoint while "
+        "generation goes on, when POST /stage_weights asks for it. Default: 0, no staging.",
+        flags={"sglang": ("--weight-stage-gib",)},
+        metavar="GIB",
+    ),
+    Option(
+        name="stage_watch",
+        parse=_file,
+        env="WEIGHTLIFT_STAGE_WATCH",
+        help="Stage new checkpoints of this directory as they appear, for trainers that cannot ask. "
+        "Needs --weight-stage-gib.",
+        flags={"sglang": ("--weight-stage-watch",)},
+        metavar="DIR",
     ),
     Option(
         name="report",

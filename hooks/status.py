@@ -90,7 +90,7 @@ def _probe(integration: Integration, engine: Engine) -> dict[str, Result]:
 
 
 def _targets(integration: Integration, engine: Engine) -> list[str]:
-    return [file.target for file in integration.files(engine)]
+    return [file.label for file in integration.files(engine)]
 
 
 def report(name: str) -> None:
@@ -98,9 +98,10 @@ def report(name: str) -> None:
     (integration,) = (item for item in INTEGRATIONS if item.engine == name)
     told: dict[str, tuple[str, str]] = {}
     engine = find_engine(name)
-    for module in _targets(integration, engine) if engine else ():
+    for file in integration.files(engine) if engine else ():
+        module = file.label
         try:
-            importlib.import_module(module)
+            importlib.import_module(file.target)
         except Exception as error:  # noqa: BLE001 - the engine's own trouble; told, and the next one is tried
             told[module] = (Outcome.FAILED.value, f"cannot be imported: {error!r}")
             continue

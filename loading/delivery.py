@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 
 import torch
@@ -59,9 +59,12 @@ class Delivery:
         """Record a transfer."""
         self._plan(transfer.target.device).add(transfer)
 
-    def add_runs(self, device: torch.device, file: ShardFile, runs: list[Run]) -> None:
-        """Record runs of one file to one device that are known to overlap nothing."""
-        self._plan(device).add_runs(file, runs)
+    def add_disjoint(
+        self, file: ShardFile, pieces: list[Run | Transfer], memories: Collection[torch.Tensor]
+    ) -> None:
+        """Record work on one file, to one device; see :meth:`Plan.add_disjoint`."""
+        device = next(iter(memories)).device
+        self._plan(device).add_disjoint(file, pieces, memories)
 
     def touches(self, tensor: torch.Tensor) -> bool:
         """Whether bytes may still be on their way into this tensor's storage."""

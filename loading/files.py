@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -15,15 +16,34 @@ from weightlift.loading.errors import CheckpointError
 
 IOV_MAX: int = os.sysconf("SC_IOV_MAX")
 Buffer = memoryview
+Identity = tuple[int, int, int, int]
+"""Device, inode, bytes, and time of change in nanoseconds: a file rewritten is another one."""
+
+
+class Staged(Protocol):
+    """Bytes of a file that are in memory already."""
+
+    def view(self, start: int, stop: int) -> torch.Tensor | None:
+        """The bytes from ``start`` to ``stop``, if all of them are."""
+
+    def read_into(self, start: int, buffers: Sequence[Buffer]) -> bool:
+        """Fill these buffers from byte ``start`` on; False if not all of it is there."""
+        ...
 
 
 class ShardFile:
-    """An open file, safe to read from many threads. ``bytes_read`` counts what came from it."""
+    """An open file, safe to read from many threads.
 
-    def __init__(self, path: str, descriptor: int, size: int) -> None:
+    ``bytes_read`` counts what came from it, ``bytes_staged`` what was in memory already.
+    """
+
+    def __init__(self, path: str, descriptor: int, size: int, identity: Identity) -> None:
         self.path = path
         self.size = size
+        self.identity = identity
+        self.staged: Staged | None = None
         self.bytes_read = 0
+        self.bytes_staged = 0
         self._descriptor = descriptor
         self._counting = threading.Lock()
 
@@ -44,7 +64,8 @@ class ShardFile:
         if not stat.S_ISREG(facts.st_mode):
             os.close(descriptor)
             raise CheckpointError(path, "it is not a regular file", remedy=remedy)
-        return cls(path, descriptor, facts.st_size)
+        identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        return cls(path, descriptor, facts.st_size, identity)
 
     def read(self, offset: int, length: int) -> bytearray:
         """``length`` bytes from byte ``offset``.
@@ -64,6 +85,9 @@ class ShardFile:
         Raises:
             CheckpointError: The file ends before the last buffer is full, or the device fails.
         """
+        if self.staged is not None and self.staged.read_into(offset, buffers):
+            self._count_staged(sum(map(len, buffers)))
+            return
         waiting = [buffer for buffer in buffers if len(buffer)]
         while waiting:
             try:
@@ -78,6 +102,19 @@ class ShardFile:
                 self.bytes_read += got
             offset += got
             waiting = _after(waiting, got)
+
+    def staged_view(self, start: int, stop: int) -> torch.Tensor | None:
+        """The bytes from ``start`` to ``stop`` where they are in memory already: flat uint8."""
+        if self.staged is None:
+            return None
+        view = self.staged.view(start, stop)
+        if view is not None:
+            self._count_staged(stop - start)
+        return view
+
+    def _count_staged(self, nbytes: int) -> None:
+        with self._counting:
+            self.bytes_staged += nbytes
 
     def cached_bytes(self) -> int:
         """How many bytes of the file are in the page cache (``mincore``)."""

@@ -9,6 +9,7 @@ import torch
 from weightlift.loading.files import Buffer, memory_of
 from weightlift.loading.plan import Window
 from weightlift.loading.settings import MIB
+from weightlift.loading.stage import active_stage
 from weightlift.loading.staging import PinnedRing, pinned_ring
 from weightlift.loading.transfer import Run, Transfer
 
@@ -35,6 +36,11 @@ class HostPlacer:
 
     def place(self, window: Window) -> None:
         """Read the window and fill its pieces; done on return."""
+        staged = window.file.staged_view(window.start, window.stop)
+        if staged is not None:
+            for piece in window.pieces:
+                piece.target.copy_(source_view(staged, window, piece))
+            return
         runs = [piece for piece in window.pieces if isinstance(piece, Run)]
         if len(runs) == len(window.pieces):
             window.file.read_into(window.start, _scatter(window.start, runs))
@@ -100,7 +106,12 @@ class CudaPlacer:
         busy.synchronize()
         if window.ready is not None:
             self._stream.wait_event(window.ready)
-        if all(isinstance(piece, Run) or piece.is_packed for piece in window.pieces):
+        packed = all(isinstance(piece, Run) or piece.is_packed for piece in window.pieces)
+        staged = _pinned_view(window) if packed else None
+        if staged is not None:
+            for piece in window.pieces:
+                self._send(piece, source_view(staged, window, piece))
+        elif packed:
             window.file.read_into(window.start, [memory[: window.span]])
             for piece in window.pieces:
                 self._send(piece, source_view(half, window, piece))
@@ -139,6 +150,13 @@ class CudaPlacer:
             target.copy_(packed, non_blocking=True)
         else:
             target.copy_(packed.to(self._device, non_blocking=True))
+
+
+def _pinned_view(window: Window) -> torch.Tensor | None:
+    """The window's bytes in page-locked memory, if they are staged there."""
+    stage = active_stage()
+    view = window.file.staged_view(window.start, window.stop) if stage else None
+    return None if view is None or stage is None or stage.is_straddling(view) else view
 
 
 def make_placer(device: torch.device) -> Placer:

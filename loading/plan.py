@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -104,15 +104,24 @@ class Plan:
             else:
                 self._gather(transfer)
 
-    def add_runs(self, file: ShardFile, runs: list[Run]) -> None:
-        """Record runs that are known to overlap nothing, in any order."""
-        runs.sort(key=_offset)
+    def add_disjoint(
+        self, file: ShardFile, pieces: list[Run | Transfer], memories: Iterable[torch.Tensor]
+    ) -> None:
+        """Record work on one file whose targets are known not to overlap, in any order.
+
+        Args:
+            file: The shard.
+            pieces: The work.
+            memories: What it writes to; a tensor of each storage.
+        """
+        pieces.sort(key=_offset)
         with self._lock:
-            for memory in {id(run.memory): run.memory for run in runs}.values():
+            for memory in memories:
                 self._held.append(memory)
                 self._storages.add(memory.untyped_storage().data_ptr())
-            for run in runs:
-                for part in cut(run, self._window_bytes):
+            for piece in pieces:
+                parts = cut if isinstance(piece, Run) else Transfer.split
+                for part in parts(piece, self._window_bytes):  # type: ignore[operator]
                     self._join(file, part)
 
     def touches(self, tensor: torch.Tensor) -> bool:

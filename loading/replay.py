@@ -10,7 +10,7 @@ from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.parameters import Parameters
 from weightlift.loading.recording import Recipe
 from weightlift.loading.session import LoadSession
-from weightlift.loading.transfer import Run
+from weightlift.loading.transfer import Run, Transfer
 
 
 def deliver(
@@ -41,30 +41,26 @@ def _deliver(
     parameters: Parameters,
 ) -> int:
     count = 0
-    memories: dict[str, tuple[torch.Tensor, list[Run]]] = {}
-    runs_by_device: dict[torch.device, list[Run]] = {}
+    memories: dict[str, torch.Tensor] = {}
     for shard in checkpoint.shards:
+        pieces: dict[torch.device, list[Run | Transfer]] = {}
+        used: dict[torch.device, dict[str, torch.Tensor]] = {}
         for entry in shard.tensors.values():
             recipe = recipes.get(entry.name)
-            if recipe is None:
-                continue
-            start = entry.offset
-            for move in recipe.moves:
-                known = memories.get(move.target)
-                if known is None:
-                    memory = parameters.memory(move.target)
-                    known = memory, runs_by_device.setdefault(memory.device, [])
-                    memories[move.target] = known
-                memory, runs = known
-                if move.layout is None:
-                    first = start + move.start
-                    runs.append(Run(first, first + move.nbytes, memory, move.place))
-                else:
-                    session.delivery.add(move.transfer(shard.file, start, memory))
+            for move in recipe.moves if recipe else ():
+                target, start = move.target, entry.offset + move.start
+                memory = memories.get(target)
+                if memory is None:
+                    memory = memories[target] = parameters.memory(target)
+                device = parameters.tensors[target].device
+                used.setdefault(device, {})[target] = memory
+                pieces.setdefault(device, []).append(
+                    Run(start, start + move.nbytes, memory, move.place)
+                    if move.layout is None
+                    else move.transfer(shard.file, entry.offset, memory)
+                )
                 session.report.bytes_needed += move.nbytes
-            count += len(recipe.moves)
-        for device, runs in runs_by_device.items():
-            if runs:
-                session.delivery.add_runs(device, shard.file, runs)
-                runs.clear()
+                count += 1
+        for device, work in pieces.items():
+            session.delivery.add_disjoint(shard.file, work, used[device].values())
     return count

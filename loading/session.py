@@ -26,6 +26,7 @@ from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.source import Source
+from weightlift.loading.stage import active_stage
 from weightlift.loading.transfer import Transfer, extent
 
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
@@ -97,9 +98,13 @@ class LoadSession:
             PlanAborted: A dtype that this torch does not have.
         """
         try:
-            return self.hold(Checkpoint.open(files), drop_cache=drop_cache)
+            checkpoint = self.hold(Checkpoint.open(files), drop_cache=drop_cache)
         except UnsupportedCheckpoint as error:
             raise self.abort(PlanAborted(str(error))) from error
+        stage = active_stage()
+        if stage is not None:
+            stage.attach(checkpoint)
+        return checkpoint
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
         """Have an open checkpoint closed with the session; returns it."""
@@ -277,6 +282,9 @@ class LoadSession:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)
             closing.callback(self.delivery.close)
             self.report.bytes_read = self._bytes_read()
+            self.report.bytes_staged = sum(
+                shard.file.bytes_staged for held, _ in self._checkpoints for shard in held.shards
+            )
 
     def _bytes_read(self) -> int:
         return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)

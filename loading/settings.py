@@ -22,6 +22,8 @@ class Settings:
         num_load_threads: Reader threads of this process; 0 chooses by the cores it may use.
         staging_mib: Most host memory, in MiB, for bytes in flight to one device: the pinned ring
             on CUDA (strided sources take half as much again to be packed), scratch elsewhere.
+        stage_gib: Host memory of each rank for the next checkpoint, in GiB; 0 for no staging.
+        stage_watch: A directory whose new checkpoints are staged as they appear; empty for none.
         report: A file that gets one JSON line a load; empty for none.
         untested_versions: Whether engine versions that weightlift was not tested with are patched.
         asked: Names of the settings that the user gave. Asked for and not to be had is an error.
@@ -31,6 +33,8 @@ class Settings:
     fast_load: bool = False
     num_load_threads: int = 0
     staging_mib: int = 256
+    stage_gib: int = 0
+    stage_watch: str = ""
     report: str = ""
     untested_versions: bool = False
     asked: frozenset[str] = field(default=frozenset())

@@ -94,7 +94,14 @@ def pinned(nbytes: int) -> torch.Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     tensor.zero_()
-    error = _cudart().cudaHostRegister(tensor.data_ptr(), nbytes, _FOR_ALL_DEVICES)
+    register(tensor)
+    return tensor
+
+
+def register(memory: torch.Tensor) -> bool:
+    """Page-lock memory that was touched; False, with a warning, if it cannot be."""
+    nbytes = memory.numel()
+    error = _cudart().cudaHostRegister(memory.data_ptr(), nbytes, _FOR_ALL_DEVICES)
     if int(error):
         logger.warning(
             "weightlift: cannot pin %d bytes (CUDA error %s); loading will be slower. "
@@ -103,7 +110,12 @@ def pinned(nbytes: int) -> torch.Tensor:
         )
         with contextlib.suppress(RuntimeError):  # the next kernel would be blamed for it
             torch.zeros(1, device="cuda")
-    return tensor
+    return not int(error)
+
+
+def unregister(memory: torch.Tensor) -> None:
+    """Undo :func:`register`, by the first byte."""
+    _cudart().cudaHostUnregister(memory.data_ptr())
 
 
 _ring: PinnedRing | None = None

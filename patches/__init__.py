@@ -21,11 +21,18 @@ class PatchFile:
         target: The engine's module.
         source: The module of ours with its ``PATCHES``; those of other targets do not count.
         versions: PEP 440 range of the releases that have the target.
+        topic: Tells two files for one target apart.
     """
 
     target: str
     source: str
     versions: str = ">=0"
+    topic: str = ""
+
+    @property
+    def label(self) -> str:
+        """What its outcome is listed under."""
+        return f"{self.target} {self.topic}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,10 @@ SGLANG = Integration(
         PatchFile("sglang.srt.model_loader.loader", "weightlift.patches.sglang.loader"),
         PatchFile("sglang.srt.server_args", "weightlift.patches.sglang.flags"),
         PatchFile("sglang.srt.entrypoints.engine", "weightlift.patches.sglang.keywords"),
+        PatchFile(
+            "sglang.srt.entrypoints.engine", "weightlift.patches.sglang.server", topic="processes"
+        ),
+        PatchFile("sglang.srt.entrypoints.http_server", "weightlift.patches.sglang.server"),
         PatchFile(
             "sglang.srt.model_executor.model_runner",
             "weightlift.patches.sglang.updates",

@@ -32,6 +32,15 @@ class History:
 _histories: weakref.WeakKeyDictionary[torch.nn.Module, History] = weakref.WeakKeyDictionary()
 
 
+def known_recordings() -> list[Recording]:
+    """The last load of every model of this process, updates rather than launches."""
+    found = []
+    for history in list(_histories.values()):
+        last = history.recordings.get("update") or history.recordings.get("launch")
+        found += [last] if last else []
+    return found
+
+
 def history_of(model: torch.nn.Module) -> History:
     """The history of a model, empty before its first load."""
     return _histories.setdefault(model, History())

@@ -21,11 +21,17 @@ from weightlift.loading.errors import CheckpointError, UpdateRefused, Weightlift
 from weightlift.loading.reader import warm_up
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
+from weightlift.loading.stager import start_stager
 from weightlift.loading.transaction import Transaction, active_transaction
 from weightlift.patches.sglang import weights as weights_module
-from weightlift.patches.sglang.history import history_of
+from weightlift.patches.sglang.history import history_of, known_recordings
 from weightlift.patches.sglang.planned import PlannedLoad
-from weightlift.patches.sglang.weights import RestartableWeights, extra_config, load_format
+from weightlift.patches.sglang.weights import (
+    RestartableWeights,
+    extra_config,
+    load_format,
+    wants_fast_load,
+)
 
 _FORMATS = ("auto", "safetensors")
 
@@ -65,6 +71,9 @@ def _load(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         history.path = report.model_path
         history.load_format = load_format(weights.loader)
     report.finish(settings.report)
+    if report.phase == "launch" and settings.multithread_load:
+        is_cuda = torch.device(call.arguments["target_device"]).type == "cuda"
+        start_stager(report.rank, settings, known_recordings, pinned=is_cuda)
     return result
 
 
@@ -84,7 +93,7 @@ def _load_by_plan(
 ) -> Any:
     """Load with lazy tensors; if the loader cannot do with them, load again with real ones."""
     model, weights = call.arguments["model"], call.arguments["weights"]
-    planned = PlannedLoad(model, _with_engine_threads(settings, weights.loader), report)
+    planned = PlannedLoad(model, _with_engine_config(settings, weights.loader), report)
     try:
         with planned.replacing_load_weights():
             result = wrapped(*call.args, **call.kwargs)
@@ -119,7 +128,7 @@ def _load_model(
     if settings.multithread_load and not _loader_refusal(instance):
         call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
         device = torch.device(call["device_config"].device)
-        warm_up(device, _with_engine_threads(settings, instance))
+        warm_up(device, _with_engine_config(settings, instance))
     return wrapped(*args, **kwargs)
 
 
@@ -178,8 +187,11 @@ def _insist(reason: str, settings: Settings) -> str:
     return reason
 
 
-def _with_engine_threads(settings: Settings, loader: Any) -> Settings:
-    """The engine's own ``num_threads`` counts where weightlift's option was not given."""
+def _with_engine_config(settings: Settings, loader: Any) -> Settings:
+    """What stands in the engine's own configuration counts where our option was not given."""
+    fast = wants_fast_load(loader)
+    if fast is not None and "fast_load" not in settings.asked:
+        settings = replace(settings, fast_load=fast)
     threads = extra_config(loader).get("num_threads")
     if "num_load_threads" in settings.asked or not isinstance(threads, int) or threads < 1:
         return settings

@@ -11,6 +11,7 @@ import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
+from weightlift.loading.control import Control
 from weightlift.loading.transaction import Transaction, within
 from weightlift.patches.sglang.history import history_of
 
@@ -25,7 +26,11 @@ OLD_WEIGHTS = "The old weights are still in place."
 def _update_weights_from_disk(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bool, str]:
-    """Update in two phases; if it fails after all, bring the old weights back."""
+    """Update in two phases; if it fails after all, bring the old weights back.
+
+    Raises:
+        RuntimeError: They cannot be had, and there is no server to say so in our place.
+    """
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     # A part of the experts, after ranks were lost: not all ranks take part.
     is_partial = call.arguments.get("weight_name_filter") is not None
@@ -40,7 +45,10 @@ def _update_weights_from_disk(
     with within(transaction):
         is_updated, message = _tried(wrapped, *args, **kwargs)
         transaction.end("" if is_updated else message)
+    control = Control.inherited()
     if not transaction.failure:
+        if control is not None:
+            control.mark_whole()
         return is_updated, message
     instance.model_config.model_path = config_path
     failure = f"Failed to update weights: {transaction.failure}."
@@ -48,29 +56,29 @@ def _update_weights_from_disk(
     if not transaction.may_have_written:
         return False, f"{failure} {OLD_WEIGHTS}"
     call.arguments.update(model_path=path, load_format=load_format)
-    return _brought_back(wrapped, call, path, failure)
+    problem = _bring_back(wrapped, call, path)
+    if not problem:
+        return False, f"{failure} The weights of {path} were loaded again."
+    before.path = ""
+    failure = (
+        f"{failure} The weights before could not be loaded again ({problem}), so this server holds "
+        "parts of two checkpoints. Update it from a whole one, or restart it."
+    )
+    if control is None:
+        raise RuntimeError(failure)
+    control.mark_broken(failure)
+    return False, failure
 
 
-def _brought_back(
-    wrapped: Callable[..., Any], call: inspect.BoundArguments, path: str, failure: str
-) -> tuple[bool, str]:
-    """Load the checkpoint before, on every rank.
-
-    Raises:
-        RuntimeError: It cannot be had. The server must not go on with parts of two.
-    """
+def _bring_back(wrapped: Callable[..., Any], call: inspect.BoundArguments, path: str) -> str:
+    """Load the checkpoint before, on every rank; why that failed on any, or ''."""
     again = Transaction(_vote)
-    problem = "the weights before are of no checkpoint"
+    problem = "they are of no checkpoint"
     if path:
         is_back, message = _tried(wrapped, *call.args, **call.kwargs)
         problem = "" if is_back else message
     again.end(problem)
-    if not again.failure:
-        return False, f"{failure} The weights of {path} were loaded again."
-    raise RuntimeError(
-        f"{failure} The weights before could not be loaded again ({again.failure}), so this server "
-        "holds parts of two checkpoints. Restart it"
-    )
+    return again.failure
 
 
 def _tried(wrapped: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str]:

@@ -24,6 +24,9 @@ MODULE = "sglang.srt.model_loader.loader"
 
 VERSIONS = SGLANG.versions
 
+FAST_LOAD = "enable_fast_load"
+_FAST = "_weightlift_fast_load"
+
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -92,16 +95,30 @@ def _get_weights_iterator(
 def _init_loader(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Give the loader of an update the configuration that the server was launched with."""
+    """Give the loader of an update the configuration that the server was launched with.
+
+    ``enable_fast_load`` in it is ours, and taken out: the engine's loaders refuse such keys.
+    """
     config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["load_config"]
+    given = config.model_loader_extra_config
     if active_transaction() is None:
-        _launched_with["extra"] = config.model_loader_extra_config
-    elif not config.model_loader_extra_config:
-        config.model_loader_extra_config = _launched_with.get("extra")
+        _launched_with["extra"] = dict(given) if isinstance(given, Mapping) else given
+    elif not given:
+        config.model_loader_extra_config = given = _launched_with.get("extra")
+    if isinstance(given, Mapping) and FAST_LOAD in given:
+        rest = {key: value for key, value in given.items() if key != FAST_LOAD}
+        config.model_loader_extra_config = rest
+        setattr(instance, _FAST, bool(given[FAST_LOAD]))
     wrapped(*args, **kwargs)
 
 
 _launched_with: dict[str, Any] = {}
+
+
+def wants_fast_load(loader: Any) -> bool | None:
+    """What this loader's ``--model-loader-extra-config`` says of fast load, or None."""
+    wanted: bool | None = getattr(loader, _FAST, None)
+    return wanted
 
 
 def _safetensors_iterator(

@@ -1,0 +1,261 @@
+"""Host memory for the bytes of the next checkpoint, read while the old weights still serve.
+
+What an update then has to do is copy from here. Staged bytes count only for the file they were read
+from: same device and inode, same size, same time of change.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from weightlift.loading.checkpoint import Checkpoint, Shard
+from weightlift.loading.files import Buffer, Identity, memory_of
+from weightlift.loading.plan import MAX_GAP
+from weightlift.loading.recording import Recording
+from weightlift.loading.staging import register, unregister
+from weightlift.loading.transfer import extent
+
+READ_BYTES = 16 << 20
+REGISTERED_BYTES = 1 << 30
+"""Pinned at a time: ``cudaHostRegister`` holds up other CUDA calls of the process meanwhile."""
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StagedShard:
+    """The bytes of one file that are in memory.
+
+    Attributes:
+        starts: First bytes of the ranges that are, ascending.
+        stops: The bytes after their last.
+        memory: Where each range is: flat uint8 views of the stage.
+    """
+
+    starts: Sequence[int]
+    stops: Sequence[int]
+    memory: Sequence[torch.Tensor]
+
+    def view(self, start: int, stop: int) -> torch.Tensor | None:
+        """The bytes from ``start`` to ``stop``, or None if not all of them are here."""
+        position = bisect.bisect_right(self.starts, start) - 1
+        if position < 0 or stop > self.stops[position]:
+            return None
+        first = start - self.starts[position]
+        return self.memory[position][first : first + stop - start]
+
+    def read_into(self, start: int, buffers: Sequence[Buffer]) -> bool:
+        """Fill buffers from byte ``start`` on, if all of it is here."""
+        data = self.view(start, start + sum(map(len, buffers)))
+        if data is None:
+            return False
+        position = 0
+        for buffer in buffers:
+            if len(buffer):
+                part = torch.frombuffer(buffer, dtype=torch.uint8)
+                part.copy_(data[position : position + len(buffer)])
+            position += len(buffer)
+        return True
+
+
+class Stage:
+    """The staged bytes of one checkpoint, in memory that is kept from one to the next.
+
+    Args:
+        most_bytes: What it may take.
+        pinned: Whether to page-lock it, for CUDA.
+    """
+
+    def __init__(self, most_bytes: int, *, pinned: bool) -> None:
+        self._most_bytes = most_bytes
+        self._pinned = pinned
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._registered = 0
+        self._shards: dict[Identity, StagedShard] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def fill(self, checkpoint: Checkpoint, wanted: Mapping[str, list[Range]], threads: int) -> int:
+        """Read these ranges of a checkpoint, in order, as far as the memory goes.
+
+        What was staged before is dropped. An update that begins meanwhile ends this.
+
+        Args:
+            checkpoint: Its open shards.
+            wanted: Byte ranges by path of the shard; ascending, apart.
+            threads: Reader threads.
+
+        Returns:
+            How many bytes are staged.
+
+        Raises:
+            CheckpointError: A shard could not be read.
+        """
+        with self._lock:
+            self._stop.clear()
+            self._shards.clear()
+            total = sum(stop - start for ranges in wanted.values() for start, stop in ranges)
+            self._reserve(min(total, self._most_bytes))
+            position = 0
+            for shard in checkpoint.shards:
+                ranges, taken = _fitting(
+                    wanted.get(shard.file.path, []), len(self._memory) - position
+                )
+                room = self._memory[position : position + taken]
+                if taken and self._read(shard, ranges, room, threads):
+                    self._shards[shard.file.identity] = _staged(ranges, room)
+                    position += taken
+            self._register(position)
+            return position
+
+    def attach(self, checkpoint: Checkpoint) -> None:
+        """Let the shards of a checkpoint be read from here, as far as they are here."""
+        self._stop.set()
+        with self._lock:
+            for shard in checkpoint.shards:
+                shard.file.staged = self._shards.get(shard.file.identity)
+
+    def is_straddling(self, view: torch.Tensor) -> bool:
+        """Whether a view of staged bytes is not page-locked in one piece."""
+        first = view.data_ptr() - self._memory.data_ptr()
+        last = first + view.numel() - 1
+        return last >= self._registered or first // REGISTERED_BYTES != last // REGISTERED_BYTES
+
+    def close(self) -> None:
+        """Free the memory."""
+        self._stop.set()
+        with self._lock:
+            self._shards.clear()
+            self._free()
+
+    def _read(self, shard: Shard, ranges: list[Range], room: torch.Tensor, threads: int) -> bool:
+        """Read ranges one after the other into ``room``; False if an update came."""
+        jobs: list[tuple[int, torch.Tensor]] = []
+        position = 0
+        for start, stop in ranges:
+            for offset in range(start, stop, READ_BYTES):
+                nbytes = min(READ_BYTES, stop - offset)
+                jobs.append((offset, room[position : position + nbytes]))
+                position += nbytes
+
+        def read(job: tuple[int, torch.Tensor]) -> None:
+            if not self._stop.is_set():
+                shard.file.read_into(job[0], [memory_of(job[1])])
+
+        with ThreadPoolExecutor(threads, "weightlift-stage") as pool:
+            list(pool.map(read, jobs))
+        return not self._stop.is_set()
+
+    def _reserve(self, nbytes: int) -> None:
+        if len(self._memory) >= nbytes:
+            return
+        self._free()
+        memory = mmap.mmap(-1, nbytes)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def _register(self, used: int) -> None:
+        """Page-lock what was read, and touched by that, piece by piece."""
+        while self._pinned and self._registered < used and not self._stop.is_set():
+            piece = self._memory[self._registered : self._registered + REGISTERED_BYTES]
+            if not register(piece):
+                return
+            self._registered += len(piece)
+
+    def _free(self) -> None:
+        for start in range(0, self._registered, REGISTERED_BYTES):
+            unregister(self._memory[start:])
+        self._registered = 0
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+
+def _fitting(ranges: list[Range], room: int) -> tuple[list[Range], int]:
+    """The first of these ranges that fit, and their bytes."""
+    found: list[Range] = []
+    taken = 0
+    for start, stop in ranges:
+        stop = min(stop, start + room - taken)
+        if stop > start:
+            found.append((start, stop))
+            taken += stop - start
+    return found, taken
+
+
+def _staged(ranges: list[Range], room: torch.Tensor) -> StagedShard:
+    sizes = [stop - start for start, stop in ranges]
+    return StagedShard(
+        [start for start, _ in ranges],
+        [stop for _, stop in ranges],
+        room[: sum(sizes)].split(sizes),
+    )
+
+
+def wanted_ranges(
+    recordings: Iterable[Recording], checkpoint: Checkpoint
+) -> dict[str, list[Range]]:
+    """The bytes that loads like these take from a checkpoint, by path of the shard.
+
+    Neighbours are joined as the windows of a plan are.
+    """
+    recordings = list(recordings)
+    wanted: dict[str, list[Range]] = {}
+    for shard in checkpoint.shards:
+        ranges: list[Range] = []
+        for entry in shard.tensors.values():
+            for recording in recordings:
+                recipe = recording.recipes.get(entry.name)
+                if entry.name in recording.for_engine:
+                    ranges.append((entry.offset, entry.offset + entry.nbytes))
+                for move in recipe.moves if recipe else ():
+                    nbytes = move.nbytes
+                    if move.layout is not None:
+                        nbytes = extent(move.layout.shape, move.layout.stride)
+                        nbytes *= move.layout.dtype.itemsize
+                    start = entry.offset + move.start
+                    ranges.append((start, min(start + nbytes, entry.offset + entry.nbytes)))
+        wanted[shard.file.path] = _joined(sorted(ranges))
+    return wanted
+
+
+def _joined(ranges: list[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for start, stop in ranges:
+        if joined and start - joined[-1][1] <= MAX_GAP:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        elif stop > start:
+            joined.append((start, stop))
+    return joined
+
+
+_stage: Stage | None = None
+
+
+def active_stage() -> Stage | None:
+    """The stage of this process, if there is one."""
+    return _stage
+
+
+def make_stage(most_bytes: int, *, pinned: bool) -> Stage:
+    """The stage of this process, made if there is none."""
+    global _stage
+    _stage = _stage or Stage(most_bytes, pinned=pinned)
+    return _stage
+
+
+def _forget() -> None:
+    """A forked child has neither the parent's locks nor its CUDA context."""
+    global _stage
+    _stage = None
+
+
+os.register_at_fork(after_in_child=_forget)

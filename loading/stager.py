@@ -1,0 +1,154 @@
+"""The thread that stages the next checkpoint: when asked to, or when one appears."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from weightlift.loading.checkpoint import INDEX_NAME, Checkpoint
+from weightlift.loading.control import Control, Staged
+from weightlift.loading.errors import WeightliftError
+from weightlift.loading.recording import Recording
+from weightlift.loading.report import LoadReport, human
+from weightlift.loading.settings import MIB, Settings
+from weightlift.loading.stage import Stage, make_stage, wanted_ranges
+
+logger = logging.getLogger("weightlift")
+
+LOOK_SECONDS = 0.1
+WATCH_EVERY = 10
+"""Looks at the control folder between two at the watched directory."""
+
+
+class Stager:
+    """Stages for one rank, in the background.
+
+    Args:
+        rank: The rank, for reports.
+        stage: Where to.
+        settings: Threads, the directory to watch, the report's file.
+        recordings: The loads of this rank's models so far; what they read is what is staged.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        stage: Stage,
+        settings: Settings,
+        recordings: Callable[[], Iterable[Recording]],
+    ) -> None:
+        self._rank = rank
+        self._stage = stage
+        self._settings = settings
+        self._recordings = recordings
+        self._control = Control.inherited()
+        self._request = 0
+        self._seen: dict[str, float] = {}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="weightlift-stager", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look for something to stage; what is there already does not count."""
+        watched = self._settings.stage_watch
+        if watched:
+            self._seen = {path: changed for path, changed in _checkpoints(watched)}
+        if self._control is not None:
+            self._control.answer(Staged(self._rank))
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._is_over.set()
+        self._thread.join()
+
+    def stage(self, path: str) -> Staged:
+        """Read this rank's bytes of a checkpoint into memory."""
+        started = time.perf_counter()
+        report = LoadReport(phase="stage", model_path=path, rank=self._rank)
+        nbytes, error = 0, ""
+        try:
+            with Checkpoint.from_path(path) as checkpoint:
+                wanted = wanted_ranges(self._recordings(), checkpoint)
+                total = sum(stop - start for ranges in wanted.values() for start, stop in ranges)
+                threads = report.threads = self._settings.threads()
+                nbytes = self._stage.fill(checkpoint, wanted, threads)
+                report.bytes_needed, report.bytes_read = total, checkpoint.bytes_read
+            if nbytes < total:
+                logger.warning(
+                    "weightlift: staged %s of %s of %s: an update came, or stage_gib is too small",
+                    *(human(nbytes), human(total), path),
+                )
+        except (WeightliftError, OSError, MemoryError) as reason:
+            error = str(reason) or repr(reason)
+            logger.warning("weightlift: cannot stage %s: %s", path, error)
+        report.bytes_staged = nbytes
+        report.seconds = time.perf_counter() - started
+        if not error:
+            report.finish(self._settings.report)
+        return Staged(self._rank, self._request, path, nbytes, report.seconds, error)
+
+    def _work(self) -> None:
+        looks = 0
+        while not self._is_over.wait(LOOK_SECONDS):
+            looks += 1
+            request = self._control.request() if self._control is not None else None
+            if request and request[0] > self._request:
+                self._request, path = request
+                self._answer(self.stage(path))
+            elif self._settings.stage_watch and looks % WATCH_EVERY == 0:
+                path = self._appeared(self._settings.stage_watch)
+                if path:
+                    self._answer(self.stage(path))
+
+    def _answer(self, staged: Staged) -> None:
+        if self._control is not None and self._control.folder.is_dir():
+            self._control.answer(staged)
+
+    def _appeared(self, watched: str) -> str:
+        """The newest checkpoint that appeared and is whole, or ''."""
+        for path, changed in _checkpoints(watched):
+            if self._seen.get(path) == changed:
+                continue
+            try:
+                Checkpoint.from_path(path).close()
+            except WeightliftError:
+                continue  # still being written: it is looked at again
+            self._seen[path] = changed
+            return path
+        return ""
+
+
+def _checkpoints(watched: str) -> list[tuple[str, float]]:
+    """The folders of a directory that hold safetensors files, and when they changed; newest first."""
+    found: list[tuple[str, float]] = []
+    try:
+        folders = [folder for folder in os.scandir(watched) if folder.is_dir()]
+    except OSError:  # it may not be there yet
+        return []
+    for folder in folders:
+        files = [*Path(folder.path).glob("*.safetensors"), *Path(folder.path).glob(INDEX_NAME)]
+        try:
+            changed = max((file.stat().st_mtime for file in files), default=0.0)
+        except OSError:  # removed as we look
+            continue
+        if changed:
+            found.append((folder.path, changed))
+    return sorted(found, key=lambda item: -item[1])
+
+
+_stager: Stager | None = None
+
+
+def start_stager(
+    rank: int, settings: Settings, recordings: Callable[[], Iterable[Recording]], *, pinned: bool
+) -> None:
+    """Have this process stage what it is asked to; once is enough, twice does no harm."""
+    global _stager
+    if _stager is None and settings.stage_gib:
+        stage = make_stage(settings.stage_gib * 1024 * MIB, pinned=pinned)
+        _stager = Stager(rank, stage, settings, recordings)
+        _stager.start()
