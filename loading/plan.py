@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weightlift.loading.files import ShardFile
-from weightlift.loading.transfer import Run, Transfer, cut, extent
+from weightlift.loading.transfer import Run, Transfer, extent
 
 MAX_GAP = 64 << 10
 """Unwanted bytes between two tensors that are read along rather than start another window."""
@@ -120,8 +120,7 @@ class Plan:
                 self._held.append(memory)
                 self._storages.add(memory.untyped_storage().data_ptr())
             for piece in pieces:
-                parts = cut if isinstance(piece, Run) else Transfer.split
-                for part in parts(piece, self._window_bytes):  # type: ignore[operator]
+                for part in piece.split(self._window_bytes):
                     self._join(file, part)
 
     def touches(self, tensor: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ model of many experts has tens of thousands.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +35,15 @@ class Run:
     def target(self) -> torch.Tensor:
         """The memory to fill: flat uint8."""
         return self.memory[self.place : self.place + self.stop - self.offset]
+
+    def split(self, most: int) -> Iterable[Run]:
+        """The same work in parts of at most ``most`` bytes."""
+        if self.stop - self.offset <= most:
+            return (self,)
+        return [
+            Run(start, min(start + most, self.stop), self.memory, self.place + start - self.offset)
+            for start in range(self.offset, self.stop, most)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,7 @@ class Transfer:
         """The same work in pieces that span at most ``most`` bytes, or one element."""
         if self.is_direct:
             memory = self.target.as_strided((self.target.numel(),), (1,)).view(torch.uint8)
-            yield from cut(Run(self.offset, self.stop, memory, 0), most)
+            yield from Run(self.offset, self.stop, memory, 0).split(most)
         elif self.span <= most or not self.shape:
             yield self
         else:
@@ -129,16 +138,6 @@ class Transfer:
     def _first_row(self) -> Transfer:
         shape, stride = self.shape[1:], self.stride[1:]
         return Transfer(self.file, self.offset, self.dtype, shape, stride, self.target[0])
-
-
-def cut(run: Run, most: int) -> Iterator[Run]:
-    """A run in parts of at most ``most`` bytes."""
-    if run.stop - run.offset <= most:
-        yield run
-        return
-    for start in range(run.offset, run.stop, most):
-        stop = min(start + most, run.stop)
-        yield Run(start, stop, run.memory, run.place + start - run.offset)
 
 
 def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
