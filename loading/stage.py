@@ -24,7 +24,9 @@ from weightlift.loading.recording import Recording
 from weightlift.loading.staging import register, unregister
 from weightlift.loading.transfer import extent
 
-READ_BYTES = 16 << 20
+READ_BYTES = 256 << 20
+"""A read. The engine's loop polls meanwhile, and each return to Python waits 5 ms for its lock."""
+
 REGISTERED_BYTES = 1 << 30
 """Pinned at a time: ``cudaHostRegister`` holds up other CUDA calls of the process meanwhile."""
 
