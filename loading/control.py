@@ -93,18 +93,19 @@ class Control:
             time.sleep(_LOOK_AGAIN_SECONDS)
         return self.answers()
 
-    def mark_broken(self, why: str) -> None:
-        """This server must not be used: it holds parts of two checkpoints."""
-        self._write("broken", {"why": why})
+    def mark_broken(self, model: int, why: str) -> None:
+        """This process's model of that number holds parts of two checkpoints."""
+        self._write(f"broken-{os.getpid()}-{model}", {"why": why})
 
-    def mark_whole(self) -> None:
-        """It may be used again."""
+    def mark_whole(self, model: int) -> None:
+        """It holds one checkpoint again."""
         with contextlib.suppress(FileNotFoundError):
-            (self.folder / "broken").unlink()
+            (self.folder / f"broken-{os.getpid()}-{model}").unlink()
 
     def broken(self) -> str:
-        """Why this server must not be used, or ''."""
-        return str((self._read("broken") or {"why": ""})["why"])
+        """Why this server must not be used, or ''; whichever of its models is to blame."""
+        found = (self._read(file.name) for file in self.folder.glob("broken-*"))
+        return next((str(told["why"]) for told in found if told), "")
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         draft = self.folder / f".{name}-{os.getpid()}"

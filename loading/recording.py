@@ -8,7 +8,7 @@ see them again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -167,14 +167,16 @@ class Ledger:
         move = Move(transfer.offset - entry.offset, transfer.nbytes, *found, layout)
         self._moves.setdefault(entry.name, []).append(move)
 
-    def touched(self, what: str, tensors: Iterable[torch.Tensor]) -> None:
-        """The loader did something else; it matters if parameters took part in it."""
+    def touched(self, func: Callable[..., Any], tensors: Iterable[torch.Tensor]) -> bool:
+        """The loader did something else; whether parameters took part in it."""
         if not any(self.parameters.locate(tensor) for tensor in tensors):
-            return
+            return False
+        what = getattr(func, "__name__", repr(func))
         if self._current:
             self.blamed[self._current] = what
         else:
             self.after_all = what
+        return True
 
     def end(self) -> None:
         """The loader was told that there are no more."""

@@ -221,8 +221,9 @@ class LoadSession:
             target.copy_(data_of(lazy))
 
     def materialised(self, lazy: LazyTensor) -> None:
-        """A loader works with the data of this tensor itself."""
+        """A loader works with the data of this tensor itself, and may write what it makes of it."""
         self._blame(lazy.source.entry, "its data was worked with")
+        self.delivery.open_gate()
 
     def _blame(self, entry: TensorEntry, why: str) -> None:
         if self.ledger is not None:
@@ -255,8 +256,8 @@ class LoadSession:
         """A loader runs something on real tensors that is no copy of a lazy one."""
         with torch._C.DisableTorchFunction():
             tensors = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
-            if self.ledger is not None:
-                self.ledger.touched(getattr(func, "__name__", repr(func)), tensors)
+            if self.ledger is not None and self.ledger.touched(func, tensors):
+                self.delivery.open_gate()  # it may write to them
         self.settle(tensors)
 
     def abort(self, reason: PlanAborted) -> PlanAborted:

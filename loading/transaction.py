@@ -25,9 +25,12 @@ class Transaction:
     Attributes:
         failure: What went wrong, on whichever rank; '' while nothing did.
         may_have_written: Whether the ranks agreed to begin.
+        is_whole: Whether the checkpoint must bring all that the model was made from. A draft model
+            is updated from its target's, which need not have the draft's tensors.
     """
 
-    def __init__(self, vote: Vote) -> None:
+    def __init__(self, vote: Vote, *, is_whole: bool = True) -> None:
+        self.is_whole = is_whole
         self.failure = ""
         self.may_have_written = False
         self._vote = vote
@@ -61,7 +64,7 @@ class Transaction:
 
     def fail(self, problem: str) -> None:
         """Note a failure of this rank."""
-        self.failure = self.failure or problem
+        self.failure = self.failure or problem or "it failed without a word"
 
     def _ask(self, problem: str) -> str:
         """The problems of all ranks in one text; a group that cannot vote is a problem too."""

@@ -62,7 +62,9 @@ def _load(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
     report = _report(model, weights)
     reason = _refusal(model, weights, call.arguments["target_device"], settings)
     if reason:
-        report.fall_back(_insist(reason, settings))
+        # Weights of some other making come while the server runs, to bring experts back.
+        is_ours = isinstance(weights, RestartableWeights)
+        report.fall_back(_insist(reason, settings) if is_ours else reason)
         result = _load_natively(wrapped, call)
     else:
         result = _load_by_plan(wrapped, call, settings, report)
@@ -116,8 +118,9 @@ def _tell(transaction: Transaction, error: Exception) -> None:
     Raises:
         UpdateRefused: Nothing was written on any rank.
     """
-    transaction.begin(str(error))
-    transaction.fail(str(error))
+    problem = str(error) or repr(error)
+    transaction.begin(problem)
+    transaction.fail(problem)
 
 
 def _load_model(

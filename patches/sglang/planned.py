@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from weightlift.loading.lazy import LazyTensor
 from weightlift.loading.leftovers import meta_names
 from weightlift.loading.parameters import Parameters
 from weightlift.loading.planner import Planner
@@ -42,7 +43,7 @@ class PlannedLoad:
             recording=self._history.recordings.get(report.phase) if is_update else None,
             families=families_of(model),
             is_fast=settings.fast_load,
-            expectation=self._history.expectation if self._transaction else None,
+            expectation=self._history.expectation if self._is_whole() else None,
         )
         self.session = LoadSession(
             settings,
@@ -51,6 +52,10 @@ class PlannedLoad:
             self._planner.weights,
             self._before_write if self._transaction else None,
         )
+
+    def _is_whole(self) -> bool:
+        """Whether this updates the whole model, so that nothing may be missing."""
+        return self._transaction is not None and self._transaction.is_whole
 
     @contextmanager
     def replacing_load_weights(self) -> Iterator[None]:
@@ -78,12 +83,14 @@ class PlannedLoad:
             with self.session.armed():
                 guarded = self.session.guard(weights)
                 first = list(itertools.islice(guarded, 1))
+                if first and not isinstance(first[0][1], LazyTensor):
+                    self.session.delivery.open_gate()  # none of our iterators: it writes at once
                 if not first and self._planner.plan == "replay":
                     # All of it was done again; the loader has nothing to see and nothing to do.
                     assert self._planner.recording is not None
                     result = self._planner.recording.returned
                 else:
-                    result = original(itertools.chain(first, guarded), *args, **kwargs)
+                    result = original(_with(first, guarded), *args, **kwargs)
             self.session.finish(self._model, was_meta)
         self._remember(result)
         return result
@@ -104,3 +111,10 @@ class PlannedLoad:
         self._history.expectation = self._planner.expected()
         self._report.plan = self._planner.plan
         self._report.plan_note = self._planner.note or why
+
+
+def _with(first: list[tuple[str, torch.Tensor]], others: NamedWeights) -> NamedWeights:
+    """What was taken already, which must not be held on to, and then the others."""
+    if first:
+        yield first.pop()
+    yield from others

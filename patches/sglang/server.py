@@ -7,7 +7,6 @@ by: the command line, ``sglang.Engine``, and the launchers that call them.
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import os
 import sys
@@ -22,7 +21,13 @@ ENGINE = "sglang.srt.entrypoints.engine"
 HTTP = "sglang.srt.entrypoints.http_server"
 
 STAGE_SECONDS = 3600.0
-REFUSED_WHEN_BROKEN = ("/health", "/generate", "/v1/", "/ping", "/invocations", "/encode")
+SERVED_WHEN_BROKEN = (
+    *("/update_weights", "/stage_weights", "/begin_weight_update", "/end_weight_update"),
+    *("/init_weights", "/destroy_weights", "/get_", "/server_info", "/model_info", "/metrics"),
+    *("/flush_cache", "/abort_request", "/pause_generation", "/continue_generation"),
+    *("/release_memory", "/resume_memory", "/weights_checker", "/set_internal_state"),
+)
+"""Routes that tell about a server or mend it. All others use its weights, or call it healthy."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -38,7 +43,7 @@ class HonestHealth:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer, or pass the request on."""
-        if scope["type"] == "http" and scope["path"].startswith(REFUSED_WHEN_BROKEN):
+        if scope["type"] == "http" and not scope["path"].startswith(SERVED_WHEN_BROKEN):
             why = self._control.broken()
             if why:
                 body = json.dumps({"error": {"message": why, "type": "ServiceUnavailable"}})
@@ -56,8 +61,20 @@ def _launch_server(
     app = sys.modules[HTTP].app
     control = server_control()
     app.add_middleware(HonestHealth, control=control)
-    app.add_route("/stage_weights", functools.partial(_stage_weights, control), methods=["POST"])
+    app.add_route("/stage_weights", _stage_route(control), methods=["POST"])
     return wrapped(*args, **kwargs)
+
+
+def _stage_route(control: Control) -> Callable[[Any], Awaitable[Any]]:
+    """The route to stage, for who may update weights."""
+
+    async def stage_weights(request: Any) -> Any:
+        return await _stage_weights(control, request)
+
+    auth = sys.modules.get("sglang.srt.utils.auth")
+    if auth is not None:  # from 0.5.8, routes name who may use them
+        auth.auth_level(auth.AuthLevel.ADMIN_OPTIONAL)(stage_weights)
+    return stage_weights
 
 
 async def _stage_weights(control: Control, request: Any) -> Any:
@@ -107,7 +124,14 @@ def stage(control: Control, path: str, *, wait: bool, timeout: float) -> dict[st
 def _launch_subprocesses(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Name the server's folder to the processes that it starts."""
+    """Name the server's folder to the processes that it starts.
+
+    With several tokenizer workers, requests are answered by processes that know nothing of it. Then
+    there is no folder: staging cannot be asked for, and a rank with broken weights ends the server.
+    """
+    server_args = kwargs.get("server_args") or next(iter(args), None)
+    if getattr(server_args, "tokenizer_worker_num", 1) > 1:
+        return wrapped(*args, **kwargs)
     before = os.environ.get(ENV)
     os.environ[ENV] = str(server_control().folder)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ logger = logging.getLogger("weightlift")
 RUNNER = "sglang.srt.model_executor.model_runner"
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
 
+_FORMATS = ("auto", "safetensors", "pt", "fastsafetensors")
+"""Formats of ``DefaultModelLoader``; the loaders of others load in ways of their own."""
+
 OLD_WEIGHTS = "The old weights are still in place."
 
 
@@ -32,26 +36,25 @@ def _update_weights_from_disk(
         RuntimeError: They cannot be had, and there is no server to say so in our place.
     """
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    # A part of the experts, after ranks were lost: not all ranks take part.
-    is_partial = call.arguments.get("weight_name_filter") is not None
-    if is_partial or not context_of("sglang").settings().multithread_load:
+    if not _is_joint(call):
         done: tuple[bool, str] = wrapped(*args, **kwargs)
         return done
-    model = instance.model if hasattr(instance, "model") else instance.get_model()
+    model, is_draft = _model(instance), _is_draft(instance)
     before = history_of(model)
     path, load_format = before.path, before.load_format
     config_path = instance.model_config.model_path
-    transaction = Transaction(_vote)
+    transaction = Transaction(_vote, is_whole=not is_draft)
     with within(transaction):
         is_updated, message = _tried(wrapped, *args, **kwargs)
         transaction.end("" if is_updated else message)
     control = Control.inherited()
     if not transaction.failure:
         if control is not None:
-            control.mark_whole()
+            control.mark_whole(id(model))
         return is_updated, message
     instance.model_config.model_path = config_path
-    failure = f"Failed to update weights: {transaction.failure}."
+    which = " of the draft model" if is_draft else ""
+    failure = f"Failed to update weights{which}: {transaction.failure}."
     logger.error("weightlift: %s", failure)
     if not transaction.may_have_written:
         return False, f"{failure} {OLD_WEIGHTS}"
@@ -66,19 +69,51 @@ def _update_weights_from_disk(
     )
     if control is None:
         raise RuntimeError(failure)
-    control.mark_broken(failure)
+    control.mark_broken(id(model), failure)
     return False, failure
+
+
+def _is_joint(call: inspect.BoundArguments) -> bool:
+    """Whether every rank of the group gets this update, and from a loader that we know."""
+    load_format = call.arguments["load_format"]
+    elastic = sys.modules.get("sglang.srt.elastic_ep.elastic_ep")
+    return (
+        context_of("sglang").settings().multithread_load
+        and str(getattr(load_format, "value", load_format)) in _FORMATS
+        # Ranks that lost experts read some, or all, by themselves.
+        and call.arguments.get("weight_name_filter") is None
+        and (elastic is None or elastic.ElasticEPStateManager.instance() is None)
+    )
 
 
 def _bring_back(wrapped: Callable[..., Any], call: inspect.BoundArguments, path: str) -> str:
     """Load the checkpoint before, on every rank; why that failed on any, or ''."""
     again = Transaction(_vote)
-    problem = "they are of no checkpoint"
-    if path:
-        is_back, message = _tried(wrapped, *call.args, **call.kwargs)
-        problem = "" if is_back else message
-    again.end(problem)
+    with within(again):
+        is_back, message = False, "they are not those of a checkpoint"
+        if path:
+            is_back, message = _tried(wrapped, *call.args, **call.kwargs)
+        again.end("" if is_back else message)
     return again.failure
+
+
+def _update_otherwise(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Note that the weights are no longer those of the checkpoint that was loaded last."""
+    history_of(_model(instance)).path = ""
+    return wrapped(*args, **kwargs)
+
+
+def _model(instance: Any) -> torch.nn.Module:
+    """The model of a ``ModelRunner``, or of its ``WeightUpdater``."""
+    found: torch.nn.Module = instance.model if hasattr(instance, "model") else instance.get_model()
+    return found
+
+
+def _is_draft(instance: Any) -> bool:
+    runner = instance.get_model_runner() if hasattr(instance, "get_model_runner") else instance
+    return bool(getattr(runner, "is_draft_worker", False))
 
 
 def _tried(wrapped: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str]:
@@ -88,7 +123,7 @@ def _tried(wrapped: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool
         return done
     except Exception as error:
         logger.exception("weightlift: the update failed")
-        return False, f"{type(error).__name__}: {error}"
+        return False, f"{type(error).__name__}: {error}" if str(error) else repr(error)
 
 
 def _group() -> Any:
@@ -119,6 +154,20 @@ _NOTES: dict[str, Any] = {
     "drop_when": "The engine checks before it writes, on every rank, and rolls back.",
 }
 
+_OTHERWISE: dict[str, Any] = {
+    "wrapper": _update_otherwise,
+    "parameters": (),
+    "why": "Weights that a trainer sent are in no checkpoint, so none can bring them back.",
+    "how": "Forgets the checkpoint that was loaded last.",
+    "upstream": "Nothing of the kind is proposed.",
+    "drop_when": "The patch of `update_weights_from_disk` goes.",
+}
+
+
+def _otherwise(owner: str, method: str, versions: str) -> Patch:
+    return Patch(target=f"{owner}.{method}", versions=versions, **_OTHERWISE)
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         target=f"{RUNNER}:ModelRunner.update_weights_from_disk",
@@ -130,4 +179,11 @@ PATCHES: tuple[Patch, ...] = (
         versions=">=0.5.16,<0.5.24",
         **_NOTES,
     ),
+    _otherwise(f"{RUNNER}:ModelRunner", "update_weights_from_tensor", ">=0.4.9.post2,<0.5.16"),
+    _otherwise(f"{RUNNER}:ModelRunner", "update_weights_from_distributed", ">=0.4.9.post2,<0.5.16"),
+    _otherwise(f"{RUNNER}:ModelRunner", "update_weights_from_ipc", ">=0.5.4,<0.5.16"),
+    _otherwise(f"{UPDATER}:WeightUpdater", "update_weights_from_tensor", ">=0.5.16,<0.5.24"),
+    _otherwise(f"{UPDATER}:WeightUpdater", "update_weights_from_distributed", ">=0.5.16,<0.5.21"),
+    _otherwise(f"{UPDATER}:WeightUpdater", "load_weights_from_distributed", ">=0.5.21,<0.5.24"),
+    _otherwise(f"{UPDATER}:WeightUpdater", "update_weights_from_ipc", ">=0.5.16,<0.5.24"),
 )

@@ -26,6 +26,8 @@ VERSIONS = SGLANG.versions
 
 FAST_LOAD = "enable_fast_load"
 _FAST = "_weightlift_fast_load"
+_COMMON_KEYS = {"enable_multithread_load", "num_threads", FAST_LOAD}
+"""What every loader of files takes. Others are for one load format alone."""
 
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
 
@@ -101,10 +103,11 @@ def _init_loader(
     """
     config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["load_config"]
     given = config.model_loader_extra_config
-    if active_transaction() is None:
-        _launched_with["extra"] = dict(given) if isinstance(given, Mapping) else given
-    elif not given:
-        config.model_loader_extra_config = given = _launched_with.get("extra")
+    if not _launched_with:  # the first loader of a process is that of its launch
+        common = dict(given) if isinstance(given, Mapping) else {}
+        _launched_with.append({key: common[key] for key in _COMMON_KEYS & common.keys()})
+    elif active_transaction() is not None and not given:
+        config.model_loader_extra_config = given = dict(_launched_with[0])
     if isinstance(given, Mapping) and FAST_LOAD in given:
         rest = {key: value for key, value in given.items() if key != FAST_LOAD}
         config.model_loader_extra_config = rest
@@ -112,7 +115,7 @@ def _init_loader(
     wrapped(*args, **kwargs)
 
 
-_launched_with: dict[str, Any] = {}
+_launched_with: list[dict[str, Any]] = []
 
 
 def wants_fast_load(loader: Any) -> bool | None:
