@@ -115,7 +115,8 @@ def samples(kind: Kind, families: Families) -> Iterator[str]:
     """Names of the tensors of a kind that the engine must show the way with."""
     first = kind.first
     groups = _experts(first, families)
-    single = [rest for rest in first if families.experts not in f".{rest}"]
+    grouped = {rest for by_number in groups.values() for rest in by_number.values()}
+    single = [rest for rest in first if rest not in grouped]
     probed = [by_number[e] for by_number in groups.values() for e in _probes(list(by_number))]
     yield from (first[rest].name for rest in (*single, *probed))
     few = [
@@ -219,6 +220,9 @@ def _first_layer(
     for by_number in groups.values():
         probes = _probes(list(by_number))
         traced = {number: trace(first[by_number[number]].name) for number in probes}
+        is_used = any(recipe and recipe.moves for recipe in traced.values())
+        if not is_used and _has_parameters(kind, parameters, families):
+            continue  # this rank's experts may lie between two probes
         for number, recipe in _on_lines(list(by_number), traced, parameters).items():
             of_experts[by_number[number]] = recipe
     unfilled = _unfilled({**known, **of_experts}, parameters)
@@ -226,6 +230,12 @@ def _first_layer(
         if recipe and not any(move.target in unfilled for move in recipe.moves):
             known[rest] = recipe
     return {rest: recipe for rest, recipe in known.items() if recipe is not None}
+
+
+def _has_parameters(kind: Kind, parameters: Parameters, families: Families) -> bool:
+    """Whether this rank has parameters of the kind's layers at all."""
+    mark = f"{families.layers}{next(iter(kind.layers))}."
+    return any(mark in name for name in parameters.tensors)
 
 
 def _on_lines(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,16 +72,27 @@ def read_entries(file: ShardFile) -> dict[str, TensorEntry]:
         UnsupportedCheckpoint: A dtype or shape that this torch does not have.
     """
     text = _text(file)
-    known = _parsed.get((text, file.size))
+    known = _kept.get((text, file.size))
     if known is None:
         known = _entries(file, _json(file, text), 8 + len(text))
-        if sum(len(kept) for kept, _ in _parsed) + len(text) > MOST_KEPT_BYTES:
-            _parsed.clear()
-        _parsed[text, file.size] = known
+        with _keeping:
+            if sum(len(kept) for kept, _ in _kept) + len(text) > MOST_KEPT_BYTES:
+                _kept.clear()
+            _kept[text, file.size] = known
     return known
 
 
-_parsed: dict[tuple[bytes, int], dict[str, TensorEntry]] = {}
+_kept: dict[tuple[bytes, int], dict[str, TensorEntry]] = {}
+_keeping = threading.Lock()
+
+
+def _forget() -> None:
+    """A forked child may have been made while another thread held the lock."""
+    global _keeping
+    _keeping = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _text(file: ShardFile) -> bytes:

@@ -86,9 +86,9 @@ class Planner:
         for_engine = {
             name: self.ledger.stored(name) for name in self.ledger.names() if name not in recipes
         }
+        if self.ledger.after_all and not (self.families and self.families.seen):
+            return None, f"the loader went on with parameters: {self.ledger.after_all}"
         if self.families is None:
-            if self.ledger.after_all:
-                return None, f"the loader went on with parameters: {self.ledger.after_all}"
             if self.ledger.strangers:
                 return None, "the loader has threads of its own"
             if for_engine:
@@ -106,14 +106,23 @@ class Planner:
         seen = {name: found for name in names if (found := self.ledger.recipe(name))}
         return seen | self._recipes
 
-    def expected(self) -> Expectation:
-        """What a later checkpoint must bring, now that this one is loaded."""
+    def expected(self) -> Expectation | None:
+        """What a later checkpoint must bring, now that this one is loaded; None if unknown.
+
+        An update brings the first source alone.
+        """
+        if self._sources != 1:
+            return None
         if self.plan == "replay" and self.expectation is not None:
             return self.expectation
         recipes = self.recipes()
         shapes = {name: recipe.shape for name, recipe in recipes.items() if recipe.moves}
         shapes |= {name: self.ledger.stored(name)[0] for name in self.ledger.blamed}
         return Expectation(shapes, coverage(recipes.values()))
+
+    def is_settled(self, held: set[str]) -> bool:
+        """Whether nothing more can come of the tensors that somebody still holds."""
+        return all(self.ledger.is_settled(name) for name in held)
 
     def check_coverage(self, path: str) -> None:
         """See that the plan fills what the load before filled.

@@ -108,15 +108,14 @@ class Recording:
             return "the parameters are not where they were"
         if _are_same(self.headers, checkpoint):
             return ""
-        count = 0
+        missing = self.recipes.keys() | self.for_engine.keys()
         for entry in checkpoint.entries():
             recipe = self.recipes.get(entry.name)
             stored = recipe[:2] if recipe else self.for_engine.get(entry.name)
-            if stored != (entry.shape, entry.dtype):
-                return f"{entry.name} is not what it was"
-            count += 1
-        known = len(self.recipes) + len(self.for_engine)
-        return "" if count == known else f"{known - count} tensors are missing"
+            if stored != (entry.shape, entry.dtype) or entry.name not in missing:
+                return f"{entry.name} is not what it was, or stands there twice"
+            missing.discard(entry.name)
+        return f"{len(missing)} tensors are missing" if missing else ""
 
 
 def _are_same(headers: Sequence[object], checkpoint: Checkpoint) -> bool:
@@ -143,6 +142,7 @@ class Ledger:
     strangers: bool = False
     _entries: dict[str, TensorEntry] = field(default_factory=dict)
     _moves: dict[str, list[Move]] = field(default_factory=dict)
+    _touched: set[str] = field(default_factory=set)
     _current: str = ""
 
     def offer(self, entry: TensorEntry) -> None:
@@ -169,8 +169,10 @@ class Ledger:
 
     def touched(self, func: Callable[..., Any], tensors: Iterable[torch.Tensor]) -> bool:
         """The loader did something else; whether parameters took part in it."""
-        if not any(self.parameters.locate(tensor) for tensor in tensors):
+        found = {place[0] for tensor in tensors if (place := self.parameters.locate(tensor))}
+        if not found:
             return False
+        self._touched |= found
         what = getattr(func, "__name__", repr(func))
         if self._current:
             self.blamed[self._current] = what
@@ -188,7 +190,11 @@ class Ledger:
         for name, moves in self._moves.items():
             for move in moves:
                 reach.setdefault(move.target, []).append((move.place, _end(move), name))
-        for spans in reach.values():
+        for target, spans in reach.items():
+            if target in self._touched:
+                self.blamed.update(
+                    (name, "the loader worked on its parameter") for *_, name in spans
+                )
             spans.sort()
             last_end, last_name = 0, ""
             for start, end, name in spans:
@@ -199,10 +205,14 @@ class Ledger:
 
     def recipe(self, name: str) -> Recipe | None:
         """What became of a tensor, or None if the engine must see it again."""
-        if name in self.blamed:
+        if name in self.blamed or name not in self._entries:
             return None
         entry = self._entries[name]
         return Recipe(entry.shape, entry.dtype, tuple(self._moves.get(name, ())))
+
+    def is_settled(self, name: str) -> bool:
+        """Whether it is known what becomes of a tensor: parts of it were copied, or it is blamed."""
+        return name in self._moves or name in self.blamed
 
     def names(self) -> list[str]:
         """The tensors that the loader got."""

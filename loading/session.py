@@ -73,6 +73,7 @@ class LoadSession:
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._thread = 0
         self._plan_started = report.started
+        self._lent = ExitStack()
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -103,7 +104,7 @@ class LoadSession:
             raise self.abort(PlanAborted(str(error))) from error
         stage = active_stage()
         if stage is not None:
-            stage.attach(checkpoint)
+            self._lent.enter_context(stage.lent_to(checkpoint))
         return checkpoint
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
@@ -281,7 +282,8 @@ class LoadSession:
         with ExitStack() as closing:
             for checkpoint, drop_cache in self._checkpoints:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)
-            closing.callback(self.delivery.close)
+            closing.callback(self._lent.close)
+            closing.callback(self.delivery.close)  # before what it reads from is given back
             self.report.bytes_read = self._bytes_read()
             self.report.bytes_staged = sum(
                 shard.file.bytes_staged for held, _ in self._checkpoints for shard in held.shards

@@ -11,7 +11,7 @@ import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -84,7 +84,30 @@ class Stage:
         self._registered = 0
         self._shards: dict[Identity, StagedShard] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._no_update = threading.Condition()
+        self._updates = 0
+
+    @property
+    def _must_stop(self) -> bool:
+        return self._updates > 0
+
+    @contextlib.contextmanager
+    def lent_to(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Within this, the shards of a checkpoint are read from here, as far as they are here.
+
+        Staging ends for it, and does not begin before it is over.
+        """
+        with self._no_update:
+            self._updates += 1
+        try:
+            with self._lock:
+                for shard in checkpoint.shards:
+                    shard.file.staged = self._shards.get(shard.file.identity)
+            yield
+        finally:
+            with self._no_update:
+                self._updates -= 1
+                self._no_update.notify_all()
 
     def fill(self, checkpoint: Checkpoint, wanted: Mapping[str, list[Range]], threads: int) -> int:
         """Read these ranges of a checkpoint, in order, as far as the memory goes.
@@ -102,29 +125,27 @@ class Stage:
         Raises:
             CheckpointError: A shard could not be read.
         """
-        with self._lock:
-            self._stop.clear()
-            self._shards.clear()
-            total = sum(stop - start for ranges in wanted.values() for start, stop in ranges)
-            self._reserve(min(total, self._most_bytes))
-            position = 0
-            for shard in checkpoint.shards:
-                ranges, taken = _fitting(
-                    wanted.get(shard.file.path, []), len(self._memory) - position
-                )
-                room = self._memory[position : position + taken]
-                if taken and self._read(shard, ranges, room, threads):
-                    self._shards[shard.file.identity] = _staged(ranges, room)
-                    position += taken
-            self._register(position)
-            return position
+        with self._no_update:
+            self._no_update.wait_for(lambda: not self._must_stop)
+            self._lock.acquire()
+        try:
+            return self._fill(checkpoint, wanted, threads)
+        finally:
+            self._lock.release()
 
-    def attach(self, checkpoint: Checkpoint) -> None:
-        """Let the shards of a checkpoint be read from here, as far as they are here."""
-        self._stop.set()
-        with self._lock:
-            for shard in checkpoint.shards:
-                shard.file.staged = self._shards.get(shard.file.identity)
+    def _fill(self, checkpoint: Checkpoint, wanted: Mapping[str, list[Range]], threads: int) -> int:
+        self._shards.clear()
+        total = sum(stop - start for ranges in wanted.values() for start, stop in ranges)
+        self._reserve(min(total, self._most_bytes))
+        position = 0
+        for shard in checkpoint.shards:
+            ranges, taken = _fitting(wanted.get(shard.file.path, []), len(self._memory) - position)
+            room = self._memory[position : position + taken]
+            if taken and self._read(shard, ranges, room, threads):
+                self._shards[shard.file.identity] = _staged(ranges, room)
+                position += taken
+        self._register(position)
+        return position
 
     def is_straddling(self, view: torch.Tensor) -> bool:
         """Whether a view of staged bytes is not page-locked in one piece."""
@@ -134,8 +155,7 @@ class Stage:
 
     def close(self) -> None:
         """Free the memory."""
-        self._stop.set()
-        with self._lock:
+        with self._no_update, self._lock:
             self._shards.clear()
             self._free()
 
@@ -150,12 +170,12 @@ class Stage:
                 position += nbytes
 
         def read(job: tuple[int, torch.Tensor]) -> None:
-            if not self._stop.is_set():
+            if not self._must_stop:
                 shard.file.read_into(job[0], [memory_of(job[1])])
 
         with ThreadPoolExecutor(threads, "weightlift-stage") as pool:
             list(pool.map(read, jobs))
-        return not self._stop.is_set()
+        return not self._must_stop
 
     def _reserve(self, nbytes: int) -> None:
         if len(self._memory) >= nbytes:
@@ -168,7 +188,7 @@ class Stage:
 
     def _register(self, used: int) -> None:
         """Page-lock what was read, and touched by that, piece by piece."""
-        while self._pinned and self._registered < used and not self._stop.is_set():
+        while self._pinned and self._registered < used and not self._must_stop:
             piece = self._memory[self._registered : self._registered + REGISTERED_BYTES]
             if not register(piece):
                 return

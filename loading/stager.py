@@ -82,7 +82,7 @@ class Stager:
                     "weightlift: staged %s of %s of %s: an update came, or stage_gib is too small",
                     *(human(nbytes), human(total), path),
                 )
-        except (WeightliftError, OSError, MemoryError) as reason:
+        except Exception as reason:  # noqa: BLE001 - the thread stays for the next request; who asked is told
             error = str(reason) or repr(reason)
             logger.warning("weightlift: cannot stage %s: %s", path, error)
         report.bytes_staged = nbytes

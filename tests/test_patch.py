@@ -153,7 +153,7 @@ def test_each_release_gets_one_multi_thread_iterator() -> None:
     for version in ("0.4.9.post2", "0.5.8.post1", "0.5.9", "0.5.23"):
         names = [item.path for item in loader.PATCHES if item.fits(Version(version))]
         assert sum("multi_thread" in name for name in names) == 1
-        assert len(names) == 6
+        assert len(names) == 7
 
 
 def test_engines_that_are_not_here_are_not_found() -> None:

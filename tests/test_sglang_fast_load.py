@@ -10,7 +10,7 @@ from engines.checkpoints import CONFIGS, MORE_CONFIGS, make_checkpoint
 
 pytestmark = pytest.mark.engine
 
-GENERATIONS = ("0.4.9.post2", "0.5.9", "0.5.17", "0.5.23")
+GENERATIONS = ("0.4.9.post2", "0.5.9", "0.5.23")
 FAST = ("--enable-fast-load",)
 WITH_EXPERTS = ("qwen3moe", "deepseek", "glm4moe")
 LAYERS = 6

@@ -18,7 +18,7 @@ from engines.server import Server
 
 pytestmark = pytest.mark.engine
 
-GENERATIONS = ("0.4.9.post2", "0.5.9", "0.5.17", "0.5.23")
+GENERATIONS = ("0.4.9.post2", "0.5.23")
 GENERATES_ON_ONE_RANK = "0.4.9.post2"
 """Two ranks on a CPU load, and then fail to generate, stock as well."""
 

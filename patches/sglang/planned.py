@@ -36,6 +36,7 @@ class PlannedLoad:
         self._report = report
         self._history = history_of(model)
         self._transaction = active_transaction()
+        self._is_checked = False
         is_update = report.phase == "update"
         self._planner = Planner(
             Parameters.of(model),
@@ -92,14 +93,17 @@ class PlannedLoad:
                 else:
                     result = original(_with(first, guarded), *args, **kwargs)
             self.session.finish(self._model, was_meta)
+        if not self._is_checked:
+            self._planner.check_coverage(self._report.model_path)
         self._remember(result)
         return result
 
     def _before_write(self) -> None:
         """All is planned, or something must be written to go on: may it be?"""
         assert self._transaction is not None
-        if self.session.is_exhausted:
+        if self.session.is_exhausted and self._planner.is_settled(self.session.held_names()):
             self._planner.check_coverage(self._report.model_path)
+            self._is_checked = True
         self._transaction.begin()
 
     def _remember(self, returned: Any) -> None:

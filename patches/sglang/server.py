@@ -7,6 +7,7 @@ by: the command line, ``sglang.Engine``, and the launchers that call them.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import sys
@@ -79,8 +80,7 @@ def _stage_route(control: Control) -> Callable[[Any], Awaitable[Any]]:
 
 async def _stage_weights(control: Control, request: Any) -> Any:
     """``POST {"model_path": ..., "wait": true, "timeout": 3600}``, the last two if wanted."""
-    from starlette.responses import JSONResponse
-
+    respond = importlib.import_module("starlette.responses").JSONResponse
     try:
         asked = await request.json()
         path, wait = asked["model_path"], asked.get("wait", True)
@@ -88,11 +88,9 @@ async def _stage_weights(control: Control, request: Any) -> Any:
         if not isinstance(path, str) or not isinstance(wait, bool):
             raise TypeError("model_path must be a string and wait a boolean")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return JSONResponse(
-            {"success": False, "message": f"not a request to stage: {error!r}"}, 400
-        )
+        return respond({"success": False, "message": f"not a request to stage: {error!r}"}, 400)
     told = await asyncio.to_thread(stage, control, path, wait=wait, timeout=timeout)
-    return JSONResponse(told, 200 if told["success"] else 400)
+    return respond(told, 200 if told["success"] else 400)
 
 
 def stage(control: Control, path: str, *, wait: bool, timeout: float) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def _update_weights_from_disk(
     which = " of the draft model" if is_draft else ""
     failure = f"Failed to update weights{which}: {transaction.failure}."
     logger.error("weightlift: %s", failure)
+    if control is not None and _stages() > 1:
+        control.mark_broken(id(model), f"{failure} Other pipeline stages may have been updated.")
     if not transaction.may_have_written:
         return False, f"{failure} {OLD_WEIGHTS}"
     call.arguments.update(model_path=path, load_format=load_format)
@@ -128,9 +130,17 @@ def _tried(wrapped: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool
 
 def _group() -> Any:
     """The ranks that get every update together: the engine's tensor-parallel group."""
-    from sglang.srt.distributed import parallel_state
+    return _parallel_state().get_tp_group()
 
-    return parallel_state.get_tp_group()
+
+def _parallel_state() -> Any:
+    return sys.modules["sglang.srt.distributed.parallel_state"]
+
+
+def _stages() -> int:
+    """Pipeline stages. They get an update one after the other, so they cannot vote together."""
+    found: int = _parallel_state().get_pp_group().world_size
+    return found
 
 
 def _vote(problem: str) -> list[str]:

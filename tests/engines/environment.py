@@ -124,6 +124,25 @@ def sglang(version: str, python: Path) -> Path:
     return folder
 
 
+LAUNCHERS = (
+    *("areal==1.0.4", "verl==0.9.1", "omegaconf==2.3.0", "hydra-core==1.3.2"),
+    *("antlr4-python3-runtime==4.9.3", "pyyaml==6.0.3", "colorlog==6.12.0", "uvloop==0.23.0"),
+)
+
+
+def launchers(python: Path) -> Path:
+    """A folder with the training launchers and what their configurations need, made once."""
+    key = hashlib.sha256(repr(LAUNCHERS).encode()).hexdigest()[:12]
+    folder = CACHE / f"launchers-{key}"
+    if not (folder / DONE).exists():
+        say("unpacking the launchers")
+        shutil.rmtree(folder, ignore_errors=True)
+        uv = (python.parent / "uv", "pip", "install", "-q", "-p", python, "--no-deps")
+        run(*uv, "--target", folder, *LAUNCHERS)
+        (folder / DONE).touch()
+    return folder
+
+
 def _pins(metadata: str) -> list[str]:
     """What differs between releases: the packages they pin, and what those need with them."""
     pinned = {
