@@ -1,7 +1,7 @@
 """Weight updates of the real SGLang server on this GPU: stock and weightlift, tokens and seconds.
 
-updates.py OUT dense FIRST SECOND     two checkpoints of Qwen3-8B's shape, CUDA graphs captured
-updates.py OUT moe CHECKPOINT         one of Qwen3-30B-A3B's shape, updated from itself
+weight_updates.py OUT dense FIRST SECOND     two checkpoints of Qwen3-8B's shape, CUDA graphs captured
+weight_updates.py OUT moe CHECKPOINT         one of Qwen3-30B-A3B's shape, updated from itself
 
 Prints a table and writes OUT/updates-KIND.json. Needs SGLang and weightlift in this Python's path.
 """
@@ -54,6 +54,14 @@ def tokens() -> list[int]:
     """What the server generates, greedily."""
     found: list[int] = ask("generate", PROMPT)["output_ids"]
     return found
+
+
+def timed_generation() -> float:
+    """Seconds for 256 tokens."""
+    sampling = {**PROMPT["sampling_params"], "max_new_tokens": 256}
+    started = time.perf_counter()
+    ask("generate", {**PROMPT, "sampling_params": sampling})
+    return time.perf_counter() - started
 
 
 def update(path: str) -> float:
@@ -112,8 +120,12 @@ def dense(logs: Path, first: str, second: str) -> dict[str, Any]:
     flags = [*GRAPHS, "--weight-stage-gib", STAGE_GIB]
     with server(first, logs, "staged", flags, weightlift=True) as file:
         seconds, staging = [], []
+        quiet = [timed_generation() for _ in range(3)]
+        busy = []
         for number in range(6):
             path = first if number % 2 else second
+            ask("stage_weights", {"model_path": path, "wait": False})
+            busy.append(timed_generation())
             staged = ask("stage_weights", {"model_path": path})
             assert staged["success"], staged
             staging.append(staged["ranks"][0]["seconds"])
@@ -122,6 +134,12 @@ def dense(logs: Path, first: str, second: str) -> dict[str, Any]:
         results["staged"] = {"updates_s": seconds, "stage_s": staging, "reports": reports(file)}
     show("weightlift, staged before", seconds, results["staged"]["reports"])
     print(f"    staging {' '.join(f'{s:.2f}' for s in staging)} s, while generation goes on")
+    print(
+        f"    256 tokens take {statistics.median(quiet):.2f} s, and {statistics.median(busy):.2f} s "
+        "(longest {:.2f} s) while a checkpoint is staged".format(max(busy)),
+        flush=True,
+    )
+    results["staged"] |= {"generation_s": quiet, "generation_while_staging_s": busy}
     print("the tokens are those of a fresh stock server after every update")
     return results
 
