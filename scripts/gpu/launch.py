@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 URL = "http://127.0.0.1:30000"
-PROMPT = {
+PROMPT: dict[str, Any] = {
     "input_ids": [1, 2, 3, 4, 5],
     "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True},
 }
