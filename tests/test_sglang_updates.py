@@ -20,6 +20,7 @@ pytestmark = pytest.mark.engine
 GENERATIONS = ("0.4.9.post2", "0.5.2", "0.5.5.post3", "0.5.9", "0.5.13.post1", "0.5.17", "0.5.23")
 ENDS = (GENERATIONS[0], GENERATIONS[-1])
 UPDATES = 20
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -53,6 +54,8 @@ def test_twenty_updates_are_as_twenty_launches(
             outcome = outcomes[f"{name} 0"]
             for rank, told in enumerate(outcome.told[PLANNED]):
                 assert not told["moved"]
+                for cost in told["cost"]:
+                    assert cost == {"opened": SHARDS, "left": []}
                 fresh = launches[f"{name} 1"].told[STOCK][rank]["launch"]
                 assert told["launch"] != fresh
                 for number in range(UPDATES):

@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -127,6 +128,32 @@ def inject_fault(model: str) -> None:
     placement.HostPlacer.place = failing_place
 
 
+def count_opened_shards() -> list[str]:
+    """The names of the shards that weightlift opens from now on."""
+    opened: list[str] = []
+    files: Any = importlib.import_module("weightlift.loading.files")
+    open_file = files.ShardFile.open
+
+    def counted(path: str) -> Any:
+        opened.append(os.path.basename(path))
+        return open_file(path)
+
+    files.ShardFile.open = counted
+    return opened
+
+
+def left_behind(folder: str) -> list[str]:
+    """Open files and mappings of a checkpoint, and threads of weightlift."""
+    descriptors = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    found = [os.readlink(name) for name in descriptors if os.path.exists(name)]
+    with open("/proc/self/maps") as maps:
+        found += [line.split()[-1] for line in maps]
+    threads = [thread.name for thread in threading.enumerate()]
+    return [name for name in found if name.startswith(f"{folder}/")] + [
+        name for name in threads if name.startswith("weightlift")
+    ]
+
+
 def skip_post_processing() -> None:
     """Leave FP8 weights as they were loaded; on a CPU, their post-processing needs AMX."""
     if "HARNESS_SKIP_POST_PROCESSING" not in os.environ:
@@ -214,7 +241,10 @@ def results(case: dict[str, Any], runner: Any) -> dict[str, Any]:
             runner.init_weight_updater()
         updater = runner.weight_updater
     inject_fault(case["model"])
+    opened = count_opened_shards()
+    told["cost"] = []
     for number, path in enumerate(case.get("updates", [])):
+        opened.clear()
         try:
             done, message = updater.update_weights_from_disk(path, "auto")[:2]
         except Exception as error:
@@ -222,6 +252,7 @@ def results(case: dict[str, Any], runner: Any) -> dict[str, Any]:
         told[f"update {number}"] = fingerprint(runner.model)
         if not done:
             told[f"failure {number}"] = message
+        told["cost"].append({"opened": sorted(opened), "left": left_behind(path)})
     told["moved"] = before != addresses(runner.model)
     return told
 
