@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
@@ -34,6 +35,8 @@ from weightlift.patches.sglang.weights import (
 )
 
 _FORMATS = ("auto", "safetensors")
+_FP8_UPDATES_SINCE = Version("0.5.3")
+"""Releases before it rebind ``layer.weight`` after a load, and lose its ``weight_loader``."""
 
 
 def _load_weights_and_postprocess(
@@ -143,7 +146,7 @@ def _refusal(model: Any, weights: Any, device: torch.device, settings: Settings)
         return "its weights are filtered, committed late or come from memory"
     if device.type not in ("cpu", "cuda"):
         return f"no way to place weights on {device.type!r} devices"
-    return _loader_refusal(weights.loader) or _quantisation_refusal(model)
+    return _loader_refusal(weights.loader) or _quantisation_refusal(model, weights.phase)
 
 
 def _loader_refusal(loader: Any) -> str:
@@ -156,7 +159,7 @@ def _loader_refusal(loader: Any) -> str:
     return "" if wanted in _FORMATS else f"--load-format {wanted} has ways of its own"
 
 
-def _quantisation_refusal(model: torch.nn.Module) -> str:
+def _quantisation_refusal(model: torch.nn.Module, phase: str) -> str:
     """Why this model's quantisation is left to the engine, or ''.
 
     Plain weights and stored block-wise FP8 are copied as they are. Methods that quantise while
@@ -170,6 +173,9 @@ def _quantisation_refusal(model: torch.nn.Module) -> str:
         config = getattr(method, "quant_config", None)
         is_stored = getattr(config, "is_checkpoint_fp8_serialized", False)
         if kind.startswith("Fp8") and is_stored and getattr(config, "weight_block_size", None):
+            version = context_of("sglang").engine.parsed
+            if phase == "update" and version and version < _FP8_UPDATES_SINCE:
+                return f"post-processing of {name} replaced what the loader goes by"
             continue
         return f"{kind} of {name} was not tested with planned loading"
     return ""

@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ import traceback
 from typing import Any
 
 CASE_SECONDS = 120
+PORTS = (20000, 30000)
 FLAGS = (
     "--device cpu --attention-backend torch_native --sampling-backend pytorch --disable-cuda-graph "
     "--max-total-tokens 512 --mem-fraction-static 0.3 --max-running-requests 2"
@@ -258,10 +260,15 @@ def results(case: dict[str, Any], runner: Any) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on; a low one, for releases derive others by adding to it."""
+    for port in random.sample(range(*PORTS), 100):
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no port is free")
 
 
 def run_case(case: dict[str, Any]) -> None:
