@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading.derive import derive
 from weightlift.loading.expectation import Expectation, coverage
-from weightlift.loading.families import HELD_SECONDS, Families, derive, kinds, samples
+from weightlift.loading.families import HELD_SECONDS, Families, kinds, samples
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.parameters import Geometry, Parameters
 from weightlift.loading.recording import Ledger, Recipe, Recording

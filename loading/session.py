@@ -8,18 +8,17 @@ import time
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading.copies import Copies
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted, UnsupportedCheckpoint
-from weightlift.loading.files import ShardFile, memory_of
+from weightlift.loading.files import ShardFile
 from weightlift.loading.guard import PendingGuard
 from weightlift.loading.header import TensorEntry
-from weightlift.loading.lazy import LazyTensor, data_of, geometry, lazy_tensor, place_of
+from weightlift.loading.lazy import LazyTensor, lazy_tensor
 from weightlift.loading.leftovers import find_lazy, meta_names
 from weightlift.loading.progress import Progress
 from weightlift.loading.recording import Ledger
@@ -27,7 +26,6 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.source import Source
 from weightlift.loading.stage import active_stage
-from weightlift.loading.transfer import Transfer, extent
 
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
 
@@ -61,28 +59,36 @@ class LoadSession:
         self.report = report
         self.ledger = ledger
         self._weights = weights or LoadSession.lazies
-        self.aborted: PlanAborted | None = None
-        """What made this load one that cannot be planned, also if the loader swallowed it."""
-        self.is_exhausted = False
-        """Whether the loader was told that there are no more tensors."""
         self.is_finished = False
         self.delivery = Delivery(settings, report, before_write)
+        self._copies = Copies(self.delivery, report, ledger)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
-        self._lock = threading.RLock()
-        self.is_exhausted = False
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
-        self._thread = 0
         self._plan_started = report.started
         self._lent = ExitStack()
+
+    @property
+    def aborted(self) -> PlanAborted | None:
+        """What made this load one that cannot be planned, also if the loader swallowed it."""
+        return self._copies.aborted
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the loader was told that there are no more tensors."""
+        return self._copies.is_exhausted
+
+    def abort(self, reason: PlanAborted) -> PlanAborted:
+        """Remember that this load cannot be finished by plan, and why; returns ``reason``."""
+        return self._copies.abort(reason)
 
     @contextmanager
     def armed(self) -> Iterator[None]:
         """Within this, iterators of this thread yield lazy tensors."""
         before = active_session()
         _thread.session = self
-        self._thread = threading.get_ident()
+        self._copies.thread = threading.get_ident()
         try:
-            with PendingGuard(self), _without_collecting():
+            with PendingGuard(self._copies), _without_collecting():
                 yield
         finally:
             _thread.session = before
@@ -137,7 +143,7 @@ class LoadSession:
         self.report.tensors += 1
         if self.ledger is not None:
             self.ledger.offer(entry)
-        source = Source(entry, file, self)
+        source = Source(entry, file, self._copies)
         self._sources.add(source)
         return lazy_tensor(source)
 
@@ -151,7 +157,7 @@ class LoadSession:
         What a loader copies after that (it may have collected them all) is copied at once.
         """
         yield from weights
-        self.is_exhausted = True
+        self._copies.is_exhausted = True
         if self.ledger is not None:
             self.ledger.end()
         self.report.plan_seconds = time.perf_counter() - self._plan_started
@@ -176,95 +182,6 @@ class LoadSession:
         if leftover:
             raise self.abort(PlanAborted(f"{leftover} of the model was left without its data"))
         self.is_finished = True
-
-    # What lazy tensors report to: see `source.Recorder`.
-
-    def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
-        """Fill ``target`` from the file, in the background where that is safe.
-
-        Sources of at most one dimension are copied at once: scales, norms and state-space
-        parameters, which some loaders read back (``composed_weight_loader``), are all of them.
-        While nothing may be written, they wait too; the guard sees who reads them back.
-        """
-        shape, stride, _, dtype = geometry(lazy)
-        entry = lazy.source.entry
-        if not _is_plain(target, shape) or lazy.source.realised is not None:
-            self._blame(entry, "a copy that takes more than moving bytes")
-            self._copy_now(target, lazy)
-            return
-        if 0 in shape:
-            return
-        transfer = Transfer(lazy.source.file, place_of(lazy), dtype, shape, stride, target.detach())
-        transfer = transfer.in_file_order()
-        with self._lock:
-            if self.ledger is not None:
-                self.ledger.moved(entry, transfer)
-                self.ledger.strangers |= threading.get_ident() != self._thread
-            is_small = len(shape) < 2 and not self._is_held_back()
-            self.report.planned += not is_small
-        if is_small:
-            self._copy_now(target, lazy)
-            return
-        with self._lock:
-            self.report.bytes_needed += transfer.nbytes
-        self.delivery.add(transfer)
-        if self.is_exhausted:
-            self.flush()
-
-    def _is_held_back(self) -> bool:
-        """Whether this thread's copies may wait: nothing may be written, and the guard is here."""
-        return self.delivery.is_gated and threading.get_ident() == self._thread
-
-    def _copy_now(self, target: torch.Tensor, lazy: LazyTensor) -> None:
-        self.delivery.open_gate()
-        self.settle([target])
-        with torch._C.DisableTorchFunction():
-            target.copy_(data_of(lazy))
-
-    def materialised(self, lazy: LazyTensor) -> None:
-        """A loader works with the data of this tensor itself, and may write what it makes of it."""
-        self._blame(lazy.source.entry, "its data was worked with")
-        self.delivery.open_gate()
-
-    def _blame(self, entry: TensorEntry, why: str) -> None:
-        if self.ledger is not None:
-            self.ledger.blamed.setdefault(entry.name, why)
-
-    def read(self, lazy: LazyTensor) -> torch.Tensor:
-        """The data of a lazy tensor, on the CPU, in memory of its own."""
-        shape, stride, _, dtype = geometry(lazy)
-        with self._lock:
-            self.report.materialised += 1
-        with torch._C.DisableTorchFunction():
-            if 0 in shape:
-                return torch.empty_strided(shape, stride, dtype=dtype)
-            data = torch.empty(extent(shape, stride), dtype=dtype)
-            lazy.source.file.read_into(place_of(lazy), [memory_of(data)])
-            with self._lock:
-                self.report.bytes_needed += data.numel() * dtype.itemsize
-            return data.as_strided(shape, stride)
-
-    def settle(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Return once no transfer into these tensors' storages is under way."""
-        if self.delivery.is_idle:
-            return
-        with torch._C.DisableTorchFunction():
-            touched = any(self.delivery.touches(tensor) for tensor in tensors)
-        if touched:
-            self.flush()
-
-    def observed(self, func: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
-        """A loader runs something on real tensors that is no copy of a lazy one."""
-        with torch._C.DisableTorchFunction():
-            tensors = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
-            if self.ledger is not None and self.ledger.touched(func, tensors):
-                self.delivery.open_gate()  # it may write to them
-        self.settle(tensors)
-
-    def abort(self, reason: PlanAborted) -> PlanAborted:
-        """Remember that this load cannot be finished by plan, and why; returns ``reason``."""
-        self.aborted = self.aborted or reason
-        return reason
 
     def flush(self) -> None:
         """Put everything recorded so far in place.
@@ -303,14 +220,3 @@ def _without_collecting() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether readers may write to this target's memory themselves."""
-    return (
-        tuple(target.shape) == shape
-        and target.device.type in ("cpu", "cuda")
-        and target.layout is torch.strided
-        and not is_traceable_wrapper_subclass(target)
-        and not (target.is_conj() or target.is_neg())
-    )

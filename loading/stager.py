@@ -15,7 +15,8 @@ from weightlift.loading.errors import WeightliftError
 from weightlift.loading.recording import Recording
 from weightlift.loading.report import LoadReport, human
 from weightlift.loading.settings import MIB, Settings
-from weightlift.loading.stage import Stage, make_stage, wanted_ranges
+from weightlift.loading.stage import Stage, make_stage
+from weightlift.loading.wanted import wanted_ranges
 
 logger = logging.getLogger("weightlift")
 

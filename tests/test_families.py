@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from weightlift.loading.families import Families, Kind, derive, kinds, samples
+from weightlift.loading.derive import derive
+from weightlift.loading.families import Families, Kind, kinds, samples
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.parameters import Parameters
 from weightlift.loading.recording import Move, Recipe

@@ -19,8 +19,9 @@ from weightlift.loading.recording import Ledger, Recording
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, NamedWeights
 from weightlift.loading.settings import Settings
-from weightlift.loading.stage import Stage, wanted_ranges
+from weightlift.loading.stage import Stage
 from weightlift.loading.transaction import Transaction
+from weightlift.loading.wanted import wanted_ranges
 
 Model = dict[str, torch.Tensor]
 

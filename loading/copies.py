@@ -1,0 +1,141 @@
+"""What a loader does with lazy tensors: the recorder that their sources tell.
+
+Copies become transfers, or happen at once where that is the only safe way. Whatever else is done is
+noted, for it decides what can be done again without the loader.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from weightlift.loading.delivery import Delivery
+from weightlift.loading.errors import PlanAborted
+from weightlift.loading.files import memory_of
+from weightlift.loading.header import TensorEntry
+from weightlift.loading.lazy import LazyTensor, data_of, geometry, place_of
+from weightlift.loading.recording import Ledger
+from weightlift.loading.report import LoadReport
+from weightlift.loading.transfer import Transfer, extent
+
+
+class Copies:
+    """The recorder of one load; see :class:`~weightlift.loading.source.Recorder`.
+
+    Attributes:
+        aborted: What made this load one that cannot be planned, also if the loader swallowed it.
+        is_exhausted: Whether the loader was told that there are no more tensors. Copies that it
+            makes after that are put in place at once.
+        thread: The one that the loader runs in; it may have others of its own.
+    """
+
+    def __init__(self, delivery: Delivery, report: LoadReport, ledger: Ledger | None) -> None:
+        self.delivery = delivery
+        self.report = report
+        self.ledger = ledger
+        self.aborted: PlanAborted | None = None
+        self.is_exhausted = False
+        self.thread = 0
+        self._lock = threading.RLock()
+
+    def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
+        """Fill ``target`` from the file, in the background where that is safe.
+
+        Sources of at most one dimension are copied at once: scales, norms and state-space
+        parameters, which some loaders read back (``composed_weight_loader``), are all of them.
+        While nothing may be written, they wait too; the guard sees who reads them back.
+        """
+        shape, stride, _, dtype = geometry(lazy)
+        entry = lazy.source.entry
+        if not _is_plain(target, shape) or lazy.source.realised is not None:
+            self._blame(entry, "a copy that takes more than moving bytes")
+            self._copy_now(target, lazy)
+            return
+        if 0 in shape:
+            return
+        transfer = Transfer(lazy.source.file, place_of(lazy), dtype, shape, stride, target.detach())
+        transfer = transfer.in_file_order()
+        with self._lock:
+            if self.ledger is not None:
+                self.ledger.moved(entry, transfer)
+                self.ledger.strangers |= threading.get_ident() != self.thread
+            is_small = len(shape) < 2 and not self._must_wait()
+            self.report.planned += not is_small
+        if is_small:
+            self._copy_now(target, lazy)
+            return
+        with self._lock:
+            self.report.bytes_needed += transfer.nbytes
+        self.delivery.add(transfer)
+        if self.is_exhausted:
+            self.delivery.flush()
+
+    def _must_wait(self) -> bool:
+        """Whether this thread's copies may wait: nothing may be written, and the guard is here."""
+        return self.delivery.is_gated and threading.get_ident() == self.thread
+
+    def _copy_now(self, target: torch.Tensor, lazy: LazyTensor) -> None:
+        self.delivery.open_gate()
+        self.settle([target])
+        with torch._C.DisableTorchFunction():
+            target.copy_(data_of(lazy))
+
+    def materialised(self, lazy: LazyTensor) -> None:
+        """A loader works with the data of this tensor itself, and may write what it makes of it."""
+        self._blame(lazy.source.entry, "its data was worked with")
+        self.delivery.open_gate()
+
+    def _blame(self, entry: TensorEntry, why: str) -> None:
+        if self.ledger is not None:
+            self.ledger.blamed.setdefault(entry.name, why)
+
+    def read(self, lazy: LazyTensor) -> torch.Tensor:
+        """The data of a lazy tensor, on the CPU, in memory of its own."""
+        shape, stride, _, dtype = geometry(lazy)
+        with self._lock:
+            self.report.materialised += 1
+        with torch._C.DisableTorchFunction():
+            if 0 in shape:
+                return torch.empty_strided(shape, stride, dtype=dtype)
+            data = torch.empty(extent(shape, stride), dtype=dtype)
+            lazy.source.file.read_into(place_of(lazy), [memory_of(data)])
+            with self._lock:
+                self.report.bytes_needed += data.numel() * dtype.itemsize
+            return data.as_strided(shape, stride)
+
+    def settle(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Return once no transfer into these tensors' storages is under way."""
+        if self.delivery.is_idle:
+            return
+        with torch._C.DisableTorchFunction():
+            touched = any(self.delivery.touches(tensor) for tensor in tensors)
+        if touched:
+            self.delivery.flush()
+
+    def observed(self, func: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
+        """A loader runs something on real tensors that is no copy of a lazy one."""
+        with torch._C.DisableTorchFunction():
+            tensors = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
+            if self.ledger is not None and self.ledger.touched(func, tensors):
+                self.delivery.open_gate()  # it may write to them
+        self.settle(tensors)
+
+    def abort(self, reason: PlanAborted) -> PlanAborted:
+        """Remember that this load cannot be finished by plan, and why; returns ``reason``."""
+        self.aborted = self.aborted or reason
+        return reason
+
+
+def _is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether readers may write to this target's memory themselves."""
+    return (
+        tuple(target.shape) == shape
+        and target.device.type in ("cpu", "cuda")
+        and target.layout is torch.strided
+        and not is_traceable_wrapper_subclass(target)
+        and not (target.is_conj() or target.is_neg())
+    )
