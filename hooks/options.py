@@ -136,6 +136,11 @@ def settings(environ: Mapping[str, str] | None = None) -> Settings:
         if environ.get(option.env):
             given[option.name] = _parse(option, environ[option.env], option.env)
     assert given.keys() <= {item.name for item in fields(Settings)}
+    if given.get("stage_watch") and not given.get("stage_gib"):
+        raise OptionError(
+            f"stage_watch={given['stage_watch']!r} has no memory to stage to: give stage_gib "
+            "(--weight-stage-gib, WEIGHTLIFT_STAGE_GIB) too"
+        )
     return Settings(**given, asked=frozenset(given))
 
 

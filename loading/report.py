@@ -103,10 +103,21 @@ class LoadReport:
         if self.mode == STOCK:
             return f"{subject} by the engine's own loader: {self.fallback_reason}"
         rate = self.bytes_needed / max(self.seconds, 1e-9)
+        counts = {
+            "copies planned": self.planned,
+            "derived": self.extrapolated,
+            "replayed": self.replayed,
+            "read at once": self.materialised,
+        }
+        told = [f"{count} {what}" for what, count in counts.items() if count]
+        told.append(f"{human(self.bytes_read)} read")
+        if self.bytes_staged:
+            told.append(f"{human(self.bytes_staged)} staged before")
+        if self.plan_note:
+            told.append(self.plan_note)
         return (
             f"{subject}: {human(self.bytes_needed)} in {self.seconds:.3f} s ({human(rate)}/s; "
-            f"{self.tensors} tensors, {self.planned} copies planned, {self.materialised} read at "
-            f"once, {human(self.bytes_read)} read)"
+            f"{self.tensors} tensors, {', '.join(told)})"
         )
 
 

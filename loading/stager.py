@@ -72,8 +72,11 @@ class Stager:
         report = LoadReport(phase="stage", model_path=path, rank=self._rank)
         nbytes, error = 0, ""
         try:
+            recordings = list(self._recordings())
+            if not recordings:
+                raise WeightliftError(_NOTHING_KNOWN)
             with Checkpoint.from_path(path) as checkpoint:
-                wanted = wanted_ranges(self._recordings(), checkpoint)
+                wanted = wanted_ranges(recordings, checkpoint)
                 total = sum(stop - start for ranges in wanted.values() for start, stop in ranges)
                 threads = report.threads = self._settings.threads()
                 nbytes = self._stage.fill(checkpoint, wanted, threads)
@@ -121,6 +124,12 @@ class Stager:
             self._seen[path] = changed
             return path
         return ""
+
+
+_NOTHING_KNOWN = (
+    "which bytes this rank needs is not known: no load of its model was planned so far. Update once "
+    "without staging, and see the log for why a load was left to the engine"
+)
 
 
 def _checkpoints(watched: str) -> list[tuple[str, float]]:

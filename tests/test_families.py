@@ -103,6 +103,17 @@ def test_experts_of_other_ranks_go_nowhere() -> None:
     assert len(found) + sampled == len(entries) - 1
 
 
+def test_experts_between_two_probes_are_not_overlooked() -> None:
+    """So many ranks that one of them has less than a stretch of experts."""
+    experts, local = 256, range(4, 8)
+    entries, model = checkpoint(experts=experts), parameters(experts=len(local))
+    traces = engine(
+        entries, lambda layer, expert: expert - local.start if expert in local else None
+    )
+    found, _ = derived(traces, entries, model)
+    assert not any(".experts." in name for name in found)
+
+
 def test_rearranged_experts_are_not_guessed() -> None:
     entries, model = checkpoint(), parameters()
     traces = engine(entries, lambda layer, expert: (expert * 5) % EXPERTS)

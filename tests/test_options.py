@@ -67,6 +67,12 @@ def test_a_yaml_file_that_makes_no_sense(content: str, message: str, tmp_path: P
         settings({"WEIGHTLIFT_CONFIG": str(file)})
 
 
+def test_a_watch_without_memory_is_refused() -> None:
+    with pytest.raises(OptionError, match="give stage_gib"):
+        settings({"WEIGHTLIFT_STAGE_WATCH": "/weights"})
+    assert settings({"WEIGHTLIFT_STAGE_WATCH": "/w", "WEIGHTLIFT_STAGE_GIB": "1"}).stage_gib == 1
+
+
 def test_a_yaml_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"gone\.yaml: cannot read it"):
         settings({"WEIGHTLIFT_CONFIG": str(tmp_path / "gone.yaml")})

@@ -95,6 +95,15 @@ def test_stored_fp8_is_loaded_as_it_is(version: str, tmp_path: Path) -> None:
         assert outcome.verdict == "same", (name, outcome.told, outcome.reports)
 
 
+def test_fp8_updates_of_releases_that_rebind_are_left_to_the_engine(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "fp8", "qwen3", 0, block_fp8=True)
+    case = Case("fp8", model, (model,), env={"HARNESS_SKIP_POST_PROCESSING": "1"})
+    (outcome,) = run_cases("0.5.2", [case]).values()
+    assert outcome.is_same, outcome.told
+    assert outcome.each("mode") == [PLANNED, STOCK]
+    assert "replaced what the loader goes by" in outcome.each("fallback_reason")[1]
+
+
 ATTENTION_COLUMNS = ("q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head")
 COLUMN_PARALLEL = (*ATTENTION_COLUMNS, "gate_proj", "up_proj")
 

@@ -143,6 +143,20 @@ def test_more_tensors_are_left_to_the_engine(
 
 
 @pytest.mark.parametrize("version", ENDS)
+def test_a_draft_model_takes_what_its_targets_checkpoint_has(
+    version: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    first, second = pairs["qwen3"]
+    smaller = shutil.copytree(second, tmp_path / "smaller")
+    _drop(smaller)
+    case = Case("draft", first, (smaller, second), env={"HARNESS_DRAFT": "1"})
+    (outcome,) = run_cases(version, [case]).values()
+    assert outcome.verdict == "same", (outcome.told, outcome.reports)
+    (told,) = outcome.told[PLANNED]
+    assert len({told["launch"], told["update 0"], told["update 1"]}) == 3
+
+
+@pytest.mark.parametrize("version", ENDS)
 def test_a_fault_half_way_brings_the_old_weights_back(
     version: str, pairs: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -182,9 +196,13 @@ def test_who_can_go_neither_on_nor_back_says_so(
         )
         for fault in ("stranded@1", "die@1")
     ]
+    sent = {"HARNESS_FAULT": "disk@1", "HARNESS_TENSOR_UPDATE": "1"}
+    cases.append(Case("sent", first, (second,), tp=2, env=sent))
     outcomes = run_cases(version, cases, [PLANNED])
     for rank in outcomes["stranded@1"].told[PLANNED]:
         assert "holds parts of two checkpoints" in rank["failure 0"], rank
+    for rank in outcomes["sent"].told[PLANNED]:
+        assert "they are not those of a checkpoint" in rank["failure 0"], rank
     alive, dead = outcomes["die@1"].told[PLANNED]
     assert "one may be gone" in alive["failure 0"]
     assert "died" in dead["error"]
