@@ -49,7 +49,6 @@ class Stager:
         self._control = Control.inherited()
         self._request = 0
         self._seen: dict[str, float] = {}
-        self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="weightlift-stager", daemon=True)
 
     def start(self) -> None:
@@ -60,11 +59,6 @@ class Stager:
         if self._control is not None:
             self._control.answer(Staged(self._rank))
         self._thread.start()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._is_over.set()
-        self._thread.join()
 
     def stage(self, path: str) -> Staged:
         """Read this rank's bytes of a checkpoint into memory."""
@@ -97,7 +91,8 @@ class Stager:
 
     def _work(self) -> None:
         looks = 0
-        while not self._is_over.wait(LOOK_SECONDS):
+        while True:
+            time.sleep(LOOK_SECONDS)
             looks += 1
             request = self._control.request() if self._control is not None else None
             if request and request[0] > self._request:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 import urllib.error
 from collections.abc import Callable
@@ -96,6 +98,36 @@ def test_who_did_not_ask_for_staging_is_told_how(models: tuple[Path, Path], tmp_
         with pytest.raises(urllib.error.HTTPError) as refused:
             server.ask("stage_weights", {"model_path": str(models[1])})
         assert "--weight-stage-gib" in refused.value.read().decode()
+
+
+ENGINE = """
+import sys, sglang
+from weightlift.staging import stage_weights
+if __name__ == "__main__":
+    engine = sglang.Engine(
+        model_path=sys.argv[1], device="cpu", attention_backend="torch_native",
+        sampling_backend="pytorch", disable_radix_cache=True, disable_overlap_schedule=True,
+        skip_server_warmup=True, max_total_tokens=2048, mem_fraction_static=0.3,
+        max_running_requests=4, weight_stage_gib=1)
+    print("STAGED", stage_weights(sys.argv[2])["success"])
+    print("UPDATED", engine.update_weights_from_disk(sys.argv[2])[0])
+    engine.shutdown()
+"""
+
+
+def test_an_engine_stages_by_a_python_call(models: tuple[Path, Path], tmp_path: Path) -> None:
+    script, report = tmp_path / "engine.py", tmp_path / "report.jsonl"
+    script.write_text(ENGINE)
+    ran = subprocess.run(
+        [sys.executable, str(script), *map(str, models)],
+        env={**environment.sglang_environ("0.5.17"), "WEIGHTLIFT_REPORT": str(report)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert "STAGED True" in ran.stdout and "UPDATED True" in ran.stdout, ran.stderr[-3000:]
+    (load,) = updates(report)
+    assert load["bytes_read"] < 8192 < load["bytes_staged"]
 
 
 BREAK = """
