@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -90,18 +91,22 @@ class Stager:
         return Staged(self._rank, self._request, path, nbytes, report.seconds, error)
 
     def _work(self) -> None:
-        looks = 0
-        while True:
+        for looks in itertools.count(1):
             time.sleep(LOOK_SECONDS)
-            looks += 1
-            request = self._control.request() if self._control is not None else None
-            if request and request[0] > self._request:
-                self._request, path = request
-                self._answer(self.stage(path))
-            elif self._settings.stage_watch and looks % WATCH_EVERY == 0:
-                path = self._appeared(self._settings.stage_watch)
-                if path:
-                    self._answer(self.stage(path))
+            try:
+                self._look(is_watching=looks % WATCH_EVERY == 0)
+            except OSError as error:  # of the control folder: a full disk, a server that is gone
+                logger.warning("weightlift: staging cannot answer: %s", error)
+
+    def _look(self, *, is_watching: bool) -> None:
+        request = self._control.request() if self._control is not None else None
+        path = ""
+        if request and request[0] > self._request:
+            self._request, path = request
+        elif self._settings.stage_watch and is_watching:
+            path = self._appeared(self._settings.stage_watch)
+        if path:
+            self._answer(self.stage(path))
 
     def _answer(self, staged: Staged) -> None:
         if self._control is not None and self._control.folder.is_dir():
