@@ -266,7 +266,7 @@ def results(case: dict[str, Any], runner: Any) -> dict[str, Any]:
 
 def free_port() -> int:
     """A port that nobody listens on; a low one, for releases derive others by adding to it."""
-    for port in random.sample(range(*PORTS), 100):
+    for port in random.SystemRandom().sample(range(*PORTS), 100):  # engines seed the other one
         with socket.socket() as listener:
             try:
                 listener.bind(("127.0.0.1", port))
