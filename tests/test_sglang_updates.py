@@ -199,11 +199,12 @@ def test_who_can_go_neither_on_nor_back_says_so(
         for fault in ("stranded@1", "die@1")
     ]
     sent = {"HARNESS_FAULT": "disk@1", "HARNESS_TENSOR_UPDATE": "1"}
-    cases.append(Case("sent", first, (second,), tp=2, env=sent))
+    if version == ENDS[-1]:  # the harness sends no tensors to the oldest
+        cases.append(Case("sent", first, (second,), tp=2, env=sent))
     outcomes = run_cases(version, cases, [PLANNED])
     for rank in outcomes["stranded@1"].told[PLANNED]:
         assert "holds parts of two checkpoints" in rank["failure 0"], rank
-    for rank in outcomes["sent"].told[PLANNED]:
+    for rank in outcomes["sent"].told[PLANNED] if "sent" in outcomes else ():
         assert "they are not those of a checkpoint" in rank["failure 0"], rank
     alive, dead = outcomes["die@1"].told[PLANNED]
     assert "one may be gone" in alive["failure 0"]
