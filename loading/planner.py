@@ -68,6 +68,8 @@ class Planner:
         if self.families is not None and self.is_fast:
             yield from self._fast(session, checkpoint, self.families)
         else:
+            if self.is_fast:
+                self.note = "fast load does not know this model, or its experts were moved"
             yield from session.lazies(checkpoint)
 
     def recorded(self, returned: Any) -> tuple[Recording | None, str]:
