@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,23 @@ def test_the_engines_own_configuration_can_ask_for_it(
     assert outcome.is_same, outcome.told
     assert outcome.each("plan") == ["fast", "fast"], "an update keeps the launch's configuration"
     assert outcome.each("threads") == [3, 3]
+
+
+@pytest.mark.parametrize("asked", ["by flag", "by configuration"])
+def test_a_model_that_it_does_not_know(
+    asked: str, deep: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model = shutil.copytree(deep["llama"][0], tmp_path / "mistral")
+    config = json.loads((model / "config.json").read_text())
+    config.update(architectures=["MistralForCausalLM"], model_type="mistral")
+    (model / "config.json").write_text(json.dumps(config))
+    extra = ("--model-loader-extra-config", '{"enable_fast_load": true}')
+    flags = FAST if asked == "by flag" else extra
+    (outcome,) = run_cases("0.5.17", [Case(asked, model, flags=flags)]).values()
+    assert not outcome.error(STOCK)
+    if asked == "by flag":
+        error = outcome.error("weightlift")
+        assert "not tested with MistralForCausalLM" in error and "Leave out" in error
+    else:
+        assert outcome.verdict == "same"
+        assert outcome.each("plan") == ["full"]

@@ -42,6 +42,14 @@ def families_of(model: torch.nn.Module) -> Families | None:
     return FAMILIES.get(type(model).__name__)
 
 
+def unknown_to_fast_load(model: torch.nn.Module) -> str:
+    """Why fast load knows nothing of this model, or ''."""
+    name = type(model).__name__
+    if name in FAMILIES:
+        return ""
+    return f"it was not tested with {name}; it knows {', '.join(sorted(FAMILIES))}"
+
+
 def configuration(model: torch.nn.Module) -> str:
     """What the model's loader depends on besides its parameters: ranks, and where experts are."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -44,3 +44,8 @@ def known_recordings() -> list[Recording]:
 def history_of(model: torch.nn.Module) -> History:
     """The history of a model, empty before its first load."""
     return _histories.setdefault(model, History())
+
+
+def has_others(model: torch.nn.Module) -> bool:
+    """Whether this process loaded another model: a draft model comes after its target."""
+    return any(other is not model for other in list(_histories))

@@ -14,29 +14,31 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.loading.errors import CheckpointError, UpdateRefused, WeightliftError
+from weightlift.loading.errors import CheckpointError, UpdateRefused
 from weightlift.loading.reader import warm_up
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.stager import start_stager
 from weightlift.loading.transaction import Transaction, active_transaction
 from weightlift.patches.sglang import weights as weights_module
-from weightlift.patches.sglang.history import history_of, known_recordings
+from weightlift.patches.sglang.architectures import unknown_to_fast_load
+from weightlift.patches.sglang.history import has_others, history_of, known_recordings
 from weightlift.patches.sglang.planned import PlannedLoad
+from weightlift.patches.sglang.refusals import (
+    insist,
+    insist_on_fast_load,
+    loader_refusal,
+    refusal,
+)
 from weightlift.patches.sglang.weights import (
     RestartableWeights,
     extra_config,
     load_format,
     wants_fast_load,
 )
-
-_FORMATS = ("auto", "safetensors")
-_FP8_UPDATES_SINCE = Version("0.5.3")
-"""Releases before it rebind ``layer.weight`` after a load, and lose its ``weight_loader``."""
 
 
 def _load_weights_and_postprocess(
@@ -63,11 +65,13 @@ def _load(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
     model, weights = call.arguments["model"], call.arguments["weights"]
     settings = context_of("sglang").settings()
     report = _report(model, weights)
-    reason = _refusal(model, weights, call.arguments["target_device"], settings)
+    reason = refusal(model, weights, call.arguments["target_device"], settings)
+    # Weights of some other making come while the server runs, to bring experts back.
+    is_ours = isinstance(weights, RestartableWeights)
+    if is_ours and report.phase == "launch" and not has_others(model):
+        insist_on_fast_load(reason or unknown_to_fast_load(model), settings)
     if reason:
-        # Weights of some other making come while the server runs, to bring experts back.
-        is_ours = isinstance(weights, RestartableWeights)
-        report.fall_back(_insist(reason, settings) if is_ours else reason)
+        report.fall_back(insist(reason, settings) if is_ours else reason)
         result = _load_natively(wrapped, call)
     else:
         result = _load_by_plan(wrapped, call, settings, report)
@@ -107,11 +111,11 @@ def _load_by_plan(
         # may be a lazy tensor's fault; what is not fails again, with this error as its context.
         if planned.session.is_finished or isinstance(error, (CheckpointError, UpdateRefused)):
             raise
-        report.fall_back(_insist(str(planned.session.aborted or repr(error)), settings))
+        report.fall_back(insist(str(planned.session.aborted or repr(error)), settings))
         call.arguments["weights"] = weights.restart()
         return _load_natively(wrapped, call)
     if not report.tensors:
-        report.fall_back(_insist("it has no safetensors files", settings))
+        report.fall_back(insist("it has no safetensors files", settings))
     return result
 
 
@@ -131,69 +135,11 @@ def _load_model(
 ) -> Any:
     """Pin staging memory while the engine constructs the model."""
     settings = context_of("sglang").settings()
-    if settings.multithread_load and not _loader_refusal(instance):
+    if settings.multithread_load and not loader_refusal(instance):
         call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
         device = torch.device(call["device_config"].device)
         warm_up(device, _with_engine_config(settings, instance))
     return wrapped(*args, **kwargs)
-
-
-def _refusal(model: Any, weights: Any, device: torch.device, settings: Settings) -> str:
-    """Why this load is left to the engine, or ''."""
-    if not settings.multithread_load:
-        return "multithread load is switched off"
-    if not isinstance(weights, RestartableWeights):
-        return "its weights are filtered, committed late or come from memory"
-    if device.type not in ("cpu", "cuda"):
-        return f"no way to place weights on {device.type!r} devices"
-    return _loader_refusal(weights.loader) or _quantisation_refusal(model, weights.phase)
-
-
-def _loader_refusal(loader: Any) -> str:
-    """Why what this loader of the engine loads is left to it, or ''."""
-    if type(loader).__name__ != "DefaultModelLoader":
-        return f"{type(loader).__name__} has ways of its own"
-    if extra_config(loader).get("enable_multithread_load") is False:
-        return "--model-loader-extra-config says enable_multithread_load=false"
-    wanted = load_format(loader)
-    return "" if wanted in _FORMATS else f"--load-format {wanted} has ways of its own"
-
-
-def _quantisation_refusal(model: torch.nn.Module, phase: str) -> str:
-    """Why this model's quantisation is left to the engine, or ''.
-
-    Plain weights and stored block-wise FP8 are copied as they are. Methods that quantise while
-    they load count copies or rebind parameters; what was not tried stays stock as well.
-    """
-    for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        kind = type(method).__name__
-        if method is None or kind.startswith("Unquantized"):
-            continue
-        config = getattr(method, "quant_config", None)
-        is_stored = getattr(config, "is_checkpoint_fp8_serialized", False)
-        if kind.startswith("Fp8") and is_stored and getattr(config, "weight_block_size", None):
-            version = context_of("sglang").engine.parsed
-            if phase == "update" and version and version < _FP8_UPDATES_SINCE:
-                return f"post-processing of {name} replaced what the loader goes by"
-            continue
-        return f"{kind} of {name} was not tested with planned loading"
-    return ""
-
-
-def _insist(reason: str, settings: Settings) -> str:
-    """The reason, unless the user asked for what is now not to be had.
-
-    Raises:
-        WeightliftError: They did.
-    """
-    if settings.multithread_load and "multithread_load" in settings.asked:
-        raise WeightliftError(
-            f"multithread load was asked for and cannot be had here: {reason}. Leave out "
-            "--enable-multithread-load (or its variable or YAML key) to load with the engine's "
-            "own loader."
-        )
-    return reason
 
 
 def _with_engine_config(settings: Settings, loader: Any) -> Settings:
