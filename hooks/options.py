@@ -45,6 +45,12 @@ def _file(text: str) -> str:
     return text
 
 
+def _direct_io(text: str) -> str:
+    if text.lower() not in ("auto", "on", "off"):
+        raise ValueError("must be auto, on or off")
+    return text.lower()
+
+
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="multithread_load",
@@ -96,6 +102,14 @@ OPTIONS: tuple[Option, ...] = (
         "Needs --weight-stage-gib.",
         flags={"sglang": ("--weight-stage-watch",)},
         metavar="DIR",
+    ),
+    Option(
+        name="direct_io",
+        parse=_direct_io,
+        env="WEIGHTLIFT_DIRECT_IO",
+        help="Read files past the page cache: on, off, or auto for what is not cached, on a local "
+        "filesystem. Default: auto.",
+        metavar="MODE",
     ),
     Option(
         name="report",

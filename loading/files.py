@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import mmap
 import os
 import stat
 import threading
@@ -13,8 +13,12 @@ from typing import Protocol
 import torch
 
 from weightlift.loading.errors import CheckpointError
+from weightlift.loading.residency import PAGE, PageCache, can_bypass_cache
 
 IOV_MAX: int = os.sysconf("SC_IOV_MAX")
+DIRECT_READ_BYTES = 1 << 20
+"""A direct read. On an H200 host's disk 8 to 32 of them at a time reach 3.1 GB/s, and 8 MiB 2.4."""
+
 Buffer = memoryview
 Identity = tuple[int, int, int, int]
 """Device, inode, bytes, and time of change in nanoseconds: a file rewritten is another one."""
@@ -34,7 +38,16 @@ class Staged(Protocol):
 class ShardFile:
     """An open file, safe to read from many threads.
 
-    ``bytes_read`` counts what came from it, ``bytes_staged`` what was in memory already.
+    Attributes:
+        path: As it was opened.
+        size: Bytes, when it was opened.
+        identity: Which file it is.
+        staged: What of it is in memory already.
+        direct_io: Whether :meth:`fetch` reads past the page cache: ``auto`` for what is not in it,
+            on a local filesystem; ``on`` or ``off``.
+        bytes_read: Bytes that came from it.
+        bytes_direct: Those of them that were read past the page cache.
+        bytes_staged: Bytes that were in memory already.
     """
 
     def __init__(self, path: str, descriptor: int, size: int, identity: Identity) -> None:
@@ -42,9 +55,13 @@ class ShardFile:
         self.size = size
         self.identity = identity
         self.staged: Staged | None = None
+        self.direct_io = "auto"
         self.bytes_read = 0
+        self.bytes_direct = 0
         self.bytes_staged = 0
         self._descriptor = descriptor
+        self._direct: int | None = None
+        self._page_cache: PageCache | None = None
         self._counting = threading.Lock()
 
     @classmethod
@@ -116,22 +133,80 @@ class ShardFile:
         with self._counting:
             self.bytes_staged += nbytes
 
+    def fetch(self, start: int, stop: int, room: Buffer) -> int:
+        """Read the bytes from ``start`` to ``stop``, past the page cache where that is quicker.
+
+        Args:
+            start: First byte.
+            stop: The byte after the last.
+            room: Where they go: memory that starts on a page and is two pages longer than they are.
+
+        Returns:
+            Where in ``room`` they begin.
+
+        Raises:
+            CheckpointError: The file ends before them, or the device fails.
+        """
+        if self.staged is None and self.is_direct(start, stop):
+            before = start % PAGE
+            if self._fetch_directly(start - before, stop, room):
+                return before
+        self.read_into(start, [room[: stop - start]])
+        return 0
+
+    def is_direct(self, start: int, stop: int) -> bool:
+        """Whether :meth:`fetch` would read these bytes past the page cache."""
+        if self.direct_io == "off" or self._direct_descriptor() < 0:
+            return False
+        if self.direct_io == "on":
+            return True
+        assert self._page_cache is not None
+        return self._page_cache.is_cold(start, stop)
+
+    def _direct_descriptor(self) -> int:
+        """The file opened a second time, past the page cache; -1 if it does not allow that."""
+        with self._counting:
+            if self._direct is None:
+                self._direct = self._open_directly()
+            return self._direct
+
+    def _open_directly(self) -> int:
+        is_local = self.size > 0 and can_bypass_cache(self.identity[0])
+        if self.direct_io == "auto" and not is_local:
+            return -1
+        try:
+            self._page_cache = PageCache(self._descriptor, self.size)
+            # By descriptor: the path may be another file by now.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT
+            return os.open(f"/proc/self/fd/{self._descriptor}", flags)
+        except OSError:  # not this filesystem, or no /proc: through the cache, then
+            return -1
+
+    def _fetch_directly(self, start: int, stop: int, room: Buffer) -> bool:
+        """Read whole pages; False if that fails, for reading through the cache says why."""
+        descriptor, position = self._direct_descriptor(), start
+        while position < stop:
+            length = min(DIRECT_READ_BYTES, -(-(stop - position) // PAGE) * PAGE)
+            place = position - start
+            try:
+                got = os.preadv(descriptor, [room[place : place + length]], position)
+            except OSError:
+                self.direct_io = "off"
+                return False
+            with self._counting:
+                self.bytes_read += got
+                self.bytes_direct += got
+            position += got
+            if position < stop and (got == 0 or got % PAGE):
+                return False
+        return True
+
     def cached_bytes(self) -> int:
-        """How many bytes of the file are in the page cache (``mincore``)."""
+        """How many bytes of the file are in the page cache."""
         if self.size == 0:
             return 0
-        # Private and writable, for ctypes takes the address of writable memory alone.
-        flags, access = mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-        with mmap.mmap(self._descriptor, self.size, flags, access) as mapping:
-            pages = bytearray(-(-self.size // mmap.PAGESIZE))
-            first = ctypes.c_char.from_buffer(mapping)
-            result = (ctypes.c_char * len(pages)).from_buffer(pages)
-            failed = _LIBC.mincore(ctypes.byref(first), ctypes.c_size_t(self.size), result)
-            del first, result
-        if failed:
-            raise OSError(ctypes.get_errno(), "mincore", self.path)
-        resident = sum(page & 1 for page in pages)
-        return min(resident * mmap.PAGESIZE, self.size)
+        with contextlib.closing(PageCache(self._descriptor, self.size)) as cache:
+            return cache.cached_bytes()
 
     def drop_cache(self) -> None:
         """Ask the kernel to forget the clean pages of this file."""
@@ -139,12 +214,14 @@ class ShardFile:
 
     def close(self) -> None:
         """Close the file; once is enough, twice does no harm."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
+        descriptors = self._descriptor, self._direct
+        self._descriptor = self._direct = -1
+        for descriptor in descriptors:
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        cache, self._page_cache = self._page_cache, None
+        if cache is not None:
+            cache.close()
 
 
 def _after(buffers: list[Buffer], got: int) -> list[Buffer]:

@@ -6,11 +6,13 @@ from typing import Protocol
 
 import torch
 
+from weightlift.loading.batch import batch_copy
 from weightlift.loading.files import Buffer, memory_of
 from weightlift.loading.plan import Window
+from weightlift.loading.residency import PAGE
 from weightlift.loading.settings import MIB
 from weightlift.loading.stage import active_stage
-from weightlift.loading.staging import PinnedRing, pinned_ring
+from weightlift.loading.staging import PinnedRing, page_aligned, pinned_ring
 from weightlift.loading.transfer import Run, Transfer
 
 HOST_WINDOW_BYTES = 16 * MIB
@@ -34,6 +36,9 @@ class Placer(Protocol):
 class HostPlacer:
     """Reads straight into the target's memory where the layouts agree, else by scratch."""
 
+    def __init__(self) -> None:
+        self._scratch: torch.Tensor | None = None
+
     def place(self, window: Window) -> None:
         """Read the window and fill its pieces; done on return."""
         staged = window.file.staged_view(window.start, window.stop)
@@ -42,16 +47,19 @@ class HostPlacer:
                 piece.target.copy_(source_view(staged, window, piece))
             return
         runs = [piece for piece in window.pieces if isinstance(piece, Run)]
-        if len(runs) == len(window.pieces):
+        is_direct = window.file.is_direct(window.start, window.stop)
+        if len(runs) == len(window.pieces) and not is_direct:
             window.file.read_into(window.start, _scatter(window.start, runs))
             return
-        scratch = torch.empty(window.span, dtype=torch.uint8)
-        window.file.read_into(window.start, [memory_of(scratch)])
+        if self._scratch is None:
+            self._scratch = page_aligned(HOST_WINDOW_BYTES + 2 * PAGE)
+        before = window.file.fetch(window.start, window.stop, memory_of(self._scratch))
         for piece in window.pieces:
-            piece.target.copy_(source_view(scratch, window, piece))
+            piece.target.copy_(source_view(self._scratch[before:], window, piece))
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Let the scratch go."""
+        self._scratch = None
 
 
 def _scatter(position: int, runs: list[Run]) -> list[Buffer]:
@@ -96,8 +104,8 @@ class CudaPlacer:
         torch.cuda.set_stream(self._stream)  # of the calling thread, which is this placer's own
         self._busy = [torch.cuda.Event(), torch.cuda.Event()]
         self._scratch: torch.Tensor | None = None
-        self._slot = ring.take(2 * CUDA_WINDOW_BYTES)
-        halves = self._slot.split(CUDA_WINDOW_BYTES)
+        self._slot = ring.take(staging_bytes(device))
+        halves = self._slot.split(staging_bytes(device) // 2)
         self._halves = [(half, memory_of(half)) for half in halves]
 
     def place(self, window: Window) -> None:
@@ -109,12 +117,10 @@ class CudaPlacer:
         packed = all(isinstance(piece, Run) or piece.is_packed for piece in window.pieces)
         staged = _pinned_view(window) if packed else None
         if staged is not None:
-            for piece in window.pieces:
-                self._send(piece, source_view(staged, window, piece))
+            self._send_all(window, staged)
         elif packed:
-            window.file.read_into(window.start, [memory[: window.span]])
-            for piece in window.pieces:
-                self._send(piece, source_view(half, window, piece))
+            before = window.file.fetch(window.start, window.stop, memory)
+            self._send_all(window, half[before:])
         else:
             self._gather(window, half)
         busy.record(self._stream)
@@ -131,17 +137,31 @@ class CudaPlacer:
     def _gather(self, window: Window, half: torch.Tensor) -> None:
         """Read into pageable scratch, then pack what is wanted into pinned memory."""
         if self._scratch is None:
-            self._scratch = torch.empty(len(half), dtype=torch.uint8)
-        window.file.read_into(window.start, [memory_of(self._scratch)[: window.span]])
+            self._scratch = page_aligned(len(half))
+        before = window.file.fetch(window.start, window.stop, memory_of(self._scratch))
         position = 0
         for piece in window.pieces:
             room = half[position : position + piece.nbytes]
             if len(room) < piece.nbytes:  # padding between many odd sizes can use the half up
                 room = torch.empty(piece.nbytes, dtype=torch.uint8)
             packed = room if isinstance(piece, Run) else room.view(piece.dtype).view(piece.shape)
-            packed.copy_(source_view(self._scratch, window, piece))
+            packed.copy_(source_view(self._scratch[before:], window, piece))
             self._send(piece, packed)
             position += -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def _send_all(self, window: Window, data: torch.Tensor) -> None:
+        """Copy the window's pieces from pinned memory, those that go byte by byte in one call."""
+        base = data.data_ptr() - window.start
+        runs = [piece for piece in window.pieces if isinstance(piece, Run)]
+        are_sent = bool(runs) and batch_copy()(
+            [run.memory.data_ptr() + run.place for run in runs],
+            [base + run.offset for run in runs],
+            [run.stop - run.offset for run in runs],
+            self._stream,
+        )
+        for piece in window.pieces:
+            if not (are_sent and isinstance(piece, Run)):
+                self._send(piece, source_view(data, window, piece))
 
     def _send(self, piece: Run | Transfer, packed: torch.Tensor) -> None:
         """Copy packed pinned elements to the target, casting and scattering on the device."""
@@ -174,4 +194,4 @@ def window_bytes(device: torch.device) -> int:
 
 def staging_bytes(device: torch.device) -> int:
     """Host memory that one placer for this device takes."""
-    return HOST_WINDOW_BYTES if device.type == "cpu" else 2 * CUDA_WINDOW_BYTES
+    return HOST_WINDOW_BYTES if device.type == "cpu" else 2 * (CUDA_WINDOW_BYTES + 2 * PAGE)

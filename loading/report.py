@@ -38,6 +38,7 @@ class LoadReport:
         threads: Reader threads that took part; 0 where a load was too small for any.
         bytes_needed: Bytes that this rank's parameters are made from.
         bytes_read: Bytes that came from the files, headers included.
+        bytes_direct: Those of them that were read past the page cache.
         bytes_staged: Bytes that were in memory already, staged before the load.
         plan_seconds: From open shards until the last copy was known; reading goes on meanwhile,
             except in an update, which writes nothing before that.
@@ -62,6 +63,7 @@ class LoadReport:
     threads: int = 0
     bytes_needed: int = 0
     bytes_read: int = 0
+    bytes_direct: int = 0
     bytes_staged: int = 0
     plan_seconds: float = 0.0
     seconds: float = 0.0
@@ -73,7 +75,7 @@ class LoadReport:
         self.plan = self.plan_note = ""
         self.tensors = self.planned = self.extrapolated = self.replayed = 0
         self.materialised = self.threads = self.bytes_needed = self.bytes_read = 0
-        self.bytes_staged = 0
+        self.bytes_direct = self.bytes_staged = 0
         self.plan_seconds = self.seconds = 0.0
 
     def finish(self, path: str) -> None:
@@ -111,6 +113,8 @@ class LoadReport:
         }
         told = [f"{count} {what}" for what, count in counts.items() if count]
         told.append(f"{human(self.bytes_read)} read")
+        if self.bytes_direct:
+            told.append(f"{human(self.bytes_direct)} of it past the page cache")
         if self.bytes_staged:
             told.append(f"{human(self.bytes_staged)} staged before")
         if self.plan_note:

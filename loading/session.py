@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -58,6 +58,7 @@ class LoadSession:
     ) -> None:
         self.report = report
         self.ledger = ledger
+        self._settings = settings
         self._weights = weights or LoadSession.lazies
         self.is_finished = False
         self.delivery = Delivery(settings, report, before_write)
@@ -114,7 +115,9 @@ class LoadSession:
         return checkpoint
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
-        """Have an open checkpoint closed with the session; returns it."""
+        """Have an open checkpoint read as the settings say and closed with the session."""
+        for shard in checkpoint.shards:
+            shard.file.direct_io = self._settings.direct_io
         self._checkpoints.append((checkpoint, drop_cache))
         return checkpoint
 
@@ -137,6 +140,16 @@ class LoadSession:
                     if wanted is None or name in wanted:
                         progress.update()
                         yield name, self._lazy(shard.tensors[name], shard.file)
+
+    def fill(self, checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
+        """Fill these tensors from those of their names, which have their shapes; all in place."""
+        for shard in checkpoint.shards:
+            for name, entry in shard.tensors.items():
+                target = targets.get(name)
+                if target is not None and not self._copies.fill(target, entry, shard.file):
+                    target.copy_(self._lazy(entry, shard.file))
+        self.report.tensors = len(targets)
+        self.flush()
 
     def _lazy(self, entry: TensorEntry, file: ShardFile) -> LazyTensor:
         """A tensor of the checkpoint, lazily."""
@@ -202,9 +215,9 @@ class LoadSession:
             closing.callback(self._lent.close)
             closing.callback(self.delivery.close)  # before what it reads from is given back
             self.report.bytes_read = self._bytes_read()
-            self.report.bytes_staged = sum(
-                shard.file.bytes_staged for held, _ in self._checkpoints for shard in held.shards
-            )
+            files = [shard.file for held, _ in self._checkpoints for shard in held.shards]
+            self.report.bytes_direct = sum(file.bytes_direct for file in files)
+            self.report.bytes_staged = sum(file.bytes_staged for file in files)
 
     def _bytes_read(self) -> int:
         return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)

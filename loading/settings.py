@@ -24,6 +24,8 @@ class Settings:
             on CUDA (strided sources take half as much again to be packed), scratch elsewhere.
         stage_gib: Host memory of each rank for the next checkpoint, in GiB; 0 for no staging.
         stage_watch: A directory whose new checkpoints are staged as they appear; empty for none.
+        direct_io: Whether files are read past the page cache: ``auto`` for what is not in it, on a
+            local filesystem; ``on`` or ``off``.
         report: A file that gets one JSON line a load; empty for none.
         untested_versions: Whether engine versions that weightlift was not tested with are patched.
         asked: Names of the settings that the user gave. Asked for and not to be had is an error.
@@ -35,6 +37,7 @@ class Settings:
     staging_mib: int = 256
     stage_gib: int = 0
     stage_watch: str = ""
+    direct_io: str = "auto"
     report: str = ""
     untested_versions: bool = False
     asked: frozenset[str] = field(default=frozenset())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 
 from weightlift.loading.checkpoint import Checkpoint, Shard
 from weightlift.loading.files import Buffer, Identity, memory_of
-from weightlift.loading.staging import register, unregister
+from weightlift.loading.staging import page_aligned, register, unregister
 
 READ_BYTES = 256 << 20
 """A read. The engine's loop polls meanwhile, and each return to Python waits 5 ms for its lock."""
@@ -178,10 +177,7 @@ class Stage:
         if len(self._memory) >= nbytes:
             return
         self._free()
-        memory = mmap.mmap(-1, nbytes)
-        with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._memory = page_aligned(nbytes)
 
     def _register(self, used: int) -> None:
         """Page-lock what was read, and touched by that, piece by piece."""

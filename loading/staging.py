@@ -89,13 +89,18 @@ _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 def pinned(nbytes: int) -> torch.Tensor:
     """Page-locked memory that starts on a page; pageable with a warning if it cannot be locked."""
-    memory = mmap.mmap(-1, nbytes)
-    with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    tensor = page_aligned(nbytes)
     tensor.zero_()
     register(tensor)
     return tensor
+
+
+def page_aligned(nbytes: int) -> torch.Tensor:
+    """Memory that starts on a page, in huge pages where there are any: flat uint8."""
+    memory = mmap.mmap(-1, nbytes)
+    with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def register(memory: torch.Tensor) -> bool:

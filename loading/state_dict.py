@@ -39,9 +39,7 @@ def load_into(
     with LoadSession(settings, report) as session, torch.no_grad():
         checkpoint = session.hold(Checkpoint.from_path(path))
         _check(checkpoint, targets, os.fspath(path))
-        for name, weight in session.guard(session.lazies(checkpoint)):
-            if name in targets:
-                targets[name].copy_(weight)
+        session.fill(checkpoint, targets)
     report.finish(settings.report)
     return report
 

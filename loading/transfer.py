@@ -143,3 +143,11 @@ class Transfer:
 def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first to the last of a strided block that is not empty."""
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a block without holes, its last dimension first in memory."""
+    strides = [1] * len(shape)
+    for dimension in range(len(shape) - 1, 0, -1):
+        strides[dimension - 1] = strides[dimension] * max(shape[dimension], 1)
+    return tuple(strides)
