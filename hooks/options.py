@@ -45,7 +45,7 @@ def _file(text: str) -> str:
     return text
 
 
-def _direct_io(text: str) -> str:
+def _mode(text: str) -> str:
     if text.lower() not in ("auto", "on", "off"):
         raise ValueError("must be auto, on or off")
     return text.lower()
@@ -105,10 +105,19 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="direct_io",
-        parse=_direct_io,
+        parse=_mode,
         env="WEIGHTLIFT_DIRECT_IO",
         help="Read files past the page cache: on, off, or auto for what is not cached, on a local "
         "filesystem. Default: auto.",
+        metavar="MODE",
+    ),
+    Option(
+        name="exchange",
+        parse=_mode,
+        env="WEIGHTLIFT_EXCHANGE",
+        help="Have the ranks of one host each read a part of the checkpoint and pass it on over "
+        "NVLink: on, off, or auto for GPUs where that reads less. Default: auto.",
+        flags={"sglang": ("--weight-exchange",)},
         metavar="MODE",
     ),
     Option(

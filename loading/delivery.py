@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Collection
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from weightlift.loading.exchange import Exchange
 from weightlift.loading.files import ShardFile
 from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Plan, Window
@@ -23,21 +25,28 @@ class Delivery:
     """The plans and readers of one load.
 
     While the gate is shut, windows are gathered and nothing is written. The first flush opens it.
+    With an exchange, windows are gathered until the first flush, for the ranks share all or none.
 
     Args:
         settings: Threads and memory.
         report: Gets the number of reader threads.
         before_write: Called once, before the first byte is written; what it raises keeps the gate
             shut. Without it the gate is open from the start, and reading overlaps planning.
+        exchange: How ranks of this host share the reading, if they may.
     """
 
     def __init__(
-        self, settings: Settings, report: LoadReport, before_write: Callable[[], None] | None
+        self,
+        settings: Settings,
+        report: LoadReport,
+        before_write: Callable[[], None] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self._settings = settings
         self._report = report
         self._before_write = before_write
-        self._shut: list[tuple[ReaderPool, Window]] | None = [] if before_write else None
+        self._exchange = exchange
+        self._held: list[tuple[torch.device, Window]] = []
         self._pools: dict[torch.device, ReaderPool] = {}
         self._plans: dict[torch.device, Plan] = {}
         self._lock = threading.RLock()
@@ -46,7 +55,7 @@ class Delivery:
     @property
     def is_gated(self) -> bool:
         """Whether nothing may be written yet."""
-        return self._shut is not None
+        return self._before_write is not None
 
     @property
     def is_idle(self) -> bool:
@@ -75,20 +84,32 @@ class Delivery:
             return bool(plans)
         return any(plan.touches(tensor) for plan in plans)
 
+    def read_alone(self, reason: str) -> None:
+        """Share nothing with other ranks in this load, and hand on what was gathered for it."""
+        with self._lock:
+            exchange, self._exchange = self._exchange, None
+            if exchange is not None:
+                exchange.decline(reason)
+            if not self.is_gated:
+                self._release()
+
+    def read_while_planning(self) -> None:
+        """Planning takes longer than reading: share nothing, unless reading has to wait anyway."""
+        if self._exchange is not None and not (self.is_gated or self._exchange.is_forced):
+            self.read_alone("planning takes longer than reading")
+
     def open_gate(self) -> None:
-        """Allow writing, and hand on what was gathered so far.
+        """Allow writing, and hand on what was gathered so far, unless it is to be shared.
 
         Raises:
             WeightliftError: What is to be written was found wanting.
         """
         with self._lock:
-            if self._shut is None:
-                return
             if self._before_write is not None:
                 self._before_write()
-            waiting, self._shut = self._shut, None
-            for pool, window in waiting:
-                pool.submit(window)
+                self._before_write = None
+                if self._exchange is None:
+                    self._release()
 
     def flush(self) -> None:
         """Put everything recorded so far in place.
@@ -97,8 +118,34 @@ class Delivery:
             CheckpointError: A shard could not be read.
         """
         self.open_gate()
+        with self._lock:
+            for plan in list(self._plans.values()):
+                plan.close_window()
+            self._share()
         for device, plan in list(self._plans.items()):
             plan.flush(self._pools[device].drain)
+
+    def _share(self) -> None:
+        """Do what was gathered together with the other ranks, once; the rest alone."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            return
+        mine = [window for device, window in self._held if device == exchange.device]
+        self._held = [held for held in self._held if held[0] != exchange.device]
+        alone = exchange.share(self._pool(exchange.device), mine)
+        self._held += [(exchange.device, window) for window in alone]
+        self._release()
+
+    def _release(self) -> None:
+        held, self._held = self._held, []
+        for device, window in held:
+            self._pool(device).submit(window)
+
+    def _submit(self, device: torch.device, window: Window) -> None:
+        if self.is_gated or self._exchange is not None:
+            self._held.append((device, window))
+        else:
+            self._pool(device).submit(window)
 
     def close(self) -> None:
         """End the readers."""
@@ -106,17 +153,17 @@ class Delivery:
             for pool in self._pools.values():
                 closing.callback(pool.close)
 
+    def _pool(self, device: torch.device) -> ReaderPool:
+        with self._lock:
+            if device not in self._pools:
+                pool = self._pools[device] = ReaderPool(device, self._settings)
+                self._report.threads += pool.threads
+            return self._pools[device]
+
     def _plan(self, device: torch.device) -> Plan:
         with self._lock:
             if device not in self._plans:
-                pool = self._pools[device] = ReaderPool(device, self._settings)
-                self._report.threads += pool.threads
-
-                def submit(window: Window) -> None:
-                    if self._shut is None:
-                        pool.submit(window)
-                    else:
-                        self._shut.append((pool, window))
-
+                self._pool(device)
+                submit = functools.partial(self._submit, device)
                 self._plans[device] = Plan(window_bytes(device), submit)
             return self._plans[device]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import operator
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +33,8 @@ class Window:
     pieces: list[Run | Transfer] = field(default_factory=list)
     ready: torch.Event | None = None
     """Work on the recording thread's stream that must come before these bytes land."""
+    issued: Callable[[], None] | None = None
+    """Called by the reader, once the bytes are on their way by its stream, or will never be."""
 
     @property
     def span(self) -> int:
@@ -47,6 +49,20 @@ class Window:
             and piece.stop - self.start <= most
             and len(self.pieces) < MAX_PIECES
         )
+
+
+def gathered(file: ShardFile, pieces: Iterable[Run | Transfer], most: int) -> Iterator[Window]:
+    """Windows of at most ``most`` bytes with these pieces of a file, none of which is larger."""
+    window: Window | None = None
+    for piece in sorted(pieces, key=_offset):
+        if window is None or not window.takes(file, piece, most):
+            if window is not None:
+                yield window
+            window = Window(file, piece.offset, piece.offset)
+        window.pieces.append(piece)
+        window.stop = piece.stop
+    if window is not None:
+        yield window
 
 
 class Intervals:
@@ -135,12 +151,12 @@ class Plan:
     def flush(self, wait: Callable[[], None]) -> None:
         """Hand on every window, wave by wave; ``wait`` returns when those handed on are placed."""
         with self._lock:
-            self._close_window()
+            self.close_window()
             wait()
             for wave in self._waves:
                 for transfer in wave:
                     self._gather(transfer)
-                self._close_window()
+                self.close_window()
                 wait()
             self._written, self._waves = [Intervals()], []
             self._storages.clear()
@@ -163,12 +179,13 @@ class Plan:
     def _join(self, file: ShardFile, piece: Run | Transfer) -> None:
         window = self._open
         if window is None or not window.takes(file, piece, self._window_bytes):
-            self._close_window()
+            self.close_window()
             window = self._open = Window(file, piece.offset, piece.offset)
         window.pieces.append(piece)
         window.stop = piece.stop
 
-    def _close_window(self) -> None:
+    def close_window(self) -> None:
+        """Hand on the window that is still open to more pieces, if there is one."""
         window, self._open = self._open, None
         if window is not None:
             self._submit(window)

@@ -76,15 +76,27 @@ class ReaderPool:
         Raises:
             CheckpointError: A window before this one could not be read.
         """
-        self._check()
+        if not self.offer(window):
+            self._check()
+
+    def offer(self, window: Window) -> bool:
+        """Queue a window as :meth:`submit` does; False if one before it could not be read."""
+        if self._failure is not None:
+            return False
         if self._device.type == "cuda":
-            # What the planner's stream still does to the targets (zero-fills) comes first.
+            # What this thread's stream still does to the targets (zero-fills) comes first.
             stream = torch.cuda.current_stream(self._device)
             window.ready = None if stream.query() else stream.record_event()
         if self._under_way == WINDOWS_AHEAD:
             self._await_one()
         self._under_way += 1
         self._waiting.put(window)
+        return True
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why a window could not be read; those after it are not."""
+        return self._failure
 
     def drain(self) -> None:
         """Return once every window is in place.
@@ -126,6 +138,8 @@ class ReaderPool:
                         placer.place(window)
                 except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the load
                     self._failure = error
+                if window.issued is not None:
+                    window.issued()
                 self._placed.put(None)
             if placer is not None:
                 placer.close()

@@ -38,6 +38,8 @@ class LoadReport:
         threads: Reader threads that took part; 0 where a load was too small for any.
         bytes_needed: Bytes that this rank's parameters are made from.
         bytes_read: Bytes that came from the files, headers included.
+        exchanged: Bytes that other ranks read and passed on.
+        exchange_note: What the ranks share of the reading, or why they do not.
         bytes_direct: Those of them that were read past the page cache.
         bytes_staged: Bytes that were in memory already, staged before the load.
         plan_seconds: From open shards until the last copy was known; reading goes on meanwhile,
@@ -63,6 +65,8 @@ class LoadReport:
     threads: int = 0
     bytes_needed: int = 0
     bytes_read: int = 0
+    exchanged: int = 0
+    exchange_note: str = ""
     bytes_direct: int = 0
     bytes_staged: int = 0
     plan_seconds: float = 0.0
@@ -72,10 +76,10 @@ class LoadReport:
     def fall_back(self, reason: str) -> None:
         """Note that the engine's own loader takes over, and why."""
         self.mode, self.fallback_reason = STOCK, reason
-        self.plan = self.plan_note = ""
+        self.plan = self.plan_note = self.exchange_note = ""
         self.tensors = self.planned = self.extrapolated = self.replayed = 0
         self.materialised = self.threads = self.bytes_needed = self.bytes_read = 0
-        self.bytes_direct = self.bytes_staged = 0
+        self.bytes_direct = self.bytes_staged = self.exchanged = 0
         self.plan_seconds = self.seconds = 0.0
 
     def finish(self, path: str) -> None:
@@ -117,6 +121,8 @@ class LoadReport:
             told.append(f"{human(self.bytes_direct)} of it past the page cache")
         if self.bytes_staged:
             told.append(f"{human(self.bytes_staged)} staged before")
+        if self.exchanged:
+            told.append(self.exchange_note)
         if self.plan_note:
             told.append(self.plan_note)
         return (

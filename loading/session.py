@@ -15,6 +15,7 @@ from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.copies import Copies
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted, UnsupportedCheckpoint
+from weightlift.loading.exchange import Exchange
 from weightlift.loading.files import ShardFile
 from weightlift.loading.guard import PendingGuard
 from weightlift.loading.header import TensorEntry
@@ -46,6 +47,7 @@ class LoadSession:
         ledger: Takes down what becomes of each tensor, if the load is to be done again.
         weights: Gives the lazy tensors of a checkpoint that the loader must see; all if left out.
         before_write: Called once, before the first byte is written; see :class:`Delivery`.
+        exchange: How ranks of this host share the reading, if they may.
     """
 
     def __init__(
@@ -55,13 +57,15 @@ class LoadSession:
         ledger: Ledger | None = None,
         weights: Callable[[LoadSession, Checkpoint], NamedWeights] | None = None,
         before_write: Callable[[], None] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.report = report
         self.ledger = ledger
         self._settings = settings
+        self._exchange = exchange
         self._weights = weights or LoadSession.lazies
         self.is_finished = False
-        self.delivery = Delivery(settings, report, before_write)
+        self.delivery = Delivery(settings, report, before_write, exchange)
         self._copies = Copies(self.delivery, report, ledger)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
@@ -112,12 +116,16 @@ class LoadSession:
         stage = active_stage()
         if stage is not None:
             self._lent.enter_context(stage.lent_to(checkpoint))
+        if any(shard.file.staged is not None for shard in checkpoint.shards):
+            self.delivery.read_alone("its bytes are staged")
         return checkpoint
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
         """Have an open checkpoint read as the settings say and closed with the session."""
         for shard in checkpoint.shards:
             shard.file.direct_io = self._settings.direct_io
+        if self._exchange is not None:
+            self._exchange.add(checkpoint)
         self._checkpoints.append((checkpoint, drop_cache))
         return checkpoint
 

@@ -26,6 +26,8 @@ class Settings:
         stage_watch: A directory whose new checkpoints are staged as they appear; empty for none.
         direct_io: Whether files are read past the page cache: ``auto`` for what is not in it, on a
             local filesystem; ``on`` or ``off``.
+        exchange: Whether ranks of one host each read a part and pass it on: ``auto`` where that
+            reads less, on CUDA devices; ``on`` or ``off``.
         report: A file that gets one JSON line a load; empty for none.
         untested_versions: Whether engine versions that weightlift was not tested with are patched.
         asked: Names of the settings that the user gave. Asked for and not to be had is an error.
@@ -38,6 +40,7 @@ class Settings:
     stage_gib: int = 0
     stage_watch: str = ""
     direct_io: str = "auto"
+    exchange: str = "auto"
     report: str = ""
     untested_versions: bool = False
     asked: frozenset[str] = field(default=frozenset())

@@ -36,6 +36,14 @@ class Run:
         """The memory to fill: flat uint8."""
         return self.memory[self.place : self.place + self.stop - self.offset]
 
+    def cut(self, position: int) -> tuple[Run, Run]:
+        """The work before this byte of the file, and that from it on; both are some."""
+        first = position - self.offset
+        return (
+            Run(self.offset, position, self.memory, self.place),
+            Run(position, self.stop, self.memory, self.place + first),
+        )
+
     def split(self, most: int) -> Iterable[Run]:
         """The same work in parts of at most ``most`` bytes."""
         if self.stop - self.offset <= most:
@@ -106,6 +114,22 @@ class Transfer:
             target=self.target.permute(order),
         )
 
+    def cut(self, position: int) -> tuple[Transfer, Transfer] | None:
+        """The work before this byte of the file, and that from it on; None if a row crosses it."""
+        if not self.shape or self.stride[0] <= 0:
+            return None
+        step = self.stride[0] * self.dtype.itemsize
+        row = extent(self.shape[1:], self.stride[1:]) * self.dtype.itemsize
+        count = (position - self.offset - row) // step + 1
+        if not 0 < count < self.shape[0] or self.offset + count * step < position:
+            return None
+        return self._rows(0, count), self._rows(count, self.shape[0])
+
+    def _rows(self, start: int, stop: int) -> Transfer:
+        part = self.target[start:stop]
+        offset = self.offset + start * self.stride[0] * self.dtype.itemsize
+        return Transfer(self.file, offset, self.dtype, tuple(part.shape), self.stride, part)
+
     def split(self, most: int) -> Iterator[Run | Transfer]:
         """The same work in pieces that span at most ``most`` bytes, or one element."""
         if self.is_direct:
@@ -121,15 +145,7 @@ class Transfer:
         row = extent(self.shape[1:], self.stride[1:]) * self.dtype.itemsize
         count = max(1, (most - row) // step + 1) if step else self.shape[0]
         for start in range(0, self.shape[0], count):
-            part = self.target[start : start + count]
-            rows = Transfer(
-                self.file,
-                self.offset + start * step,
-                self.dtype,
-                tuple(part.shape),
-                self.stride,
-                part,
-            )
+            rows = self._rows(start, start + count)
             if count > 1 or row <= most:
                 yield rows
             else:

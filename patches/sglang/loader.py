@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import CheckpointError, UpdateRefused
+from weightlift.loading.exchange import Exchange
 from weightlift.loading.reader import warm_up
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
@@ -33,6 +35,7 @@ from weightlift.patches.sglang.refusals import (
     loader_refusal,
     refusal,
 )
+from weightlift.patches.sglang.sharing import exchange_for
 from weightlift.patches.sglang.weights import (
     RestartableWeights,
     extra_config,
@@ -65,32 +68,38 @@ def _load(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
     model, weights = call.arguments["model"], call.arguments["weights"]
     settings = context_of("sglang").settings()
     report = _report(model, weights)
-    reason = refusal(model, weights, call.arguments["target_device"], settings)
+    device = torch.device(call.arguments["target_device"])
+    reason = refusal(model, weights, device, settings)
     # Weights of some other making come while the server runs, to bring experts back.
     is_ours = isinstance(weights, RestartableWeights)
     if is_ours and report.phase == "launch" and not has_others(model):
         insist_on_fast_load(reason or unknown_to_fast_load(model), settings)
-    if reason:
-        report.fall_back(insist(reason, settings) if is_ours else reason)
-        result = _load_natively(wrapped, call)
-    else:
-        result = _load_by_plan(wrapped, call, settings, report)
+    exchange = exchange_for(report, device, settings) if is_ours else None
+    with exchange or nullcontext():
+        if reason:
+            report.fall_back(insist(reason, settings) if is_ours else reason)
+            result = _load_natively(wrapped, call, exchange)
+        else:
+            result = _load_by_plan(wrapped, call, settings, report, exchange)
     if report.model_path:
         history = history_of(model)
         history.path = report.model_path
         history.load_format = load_format(weights.loader)
     report.finish(settings.report)
     if report.phase == "launch" and settings.multithread_load:
-        is_cuda = torch.device(call.arguments["target_device"]).type == "cuda"
-        start_stager(report.rank, settings, known_recordings, pinned=is_cuda)
+        start_stager(report.rank, settings, known_recordings, pinned=device.type == "cuda")
     return result
 
 
-def _load_natively(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
+def _load_natively(
+    wrapped: Callable[..., Any], call: inspect.BoundArguments, exchange: Exchange | None
+) -> Any:
     """Load as the engine does; in an update, once all ranks agreed to begin."""
     transaction = active_transaction()
     if transaction:
         transaction.begin()
+    if exchange:
+        exchange.decline("it loads as the engine does")
     return wrapped(*call.args, **call.kwargs)
 
 
@@ -99,10 +108,11 @@ def _load_by_plan(
     call: inspect.BoundArguments,
     settings: Settings,
     report: LoadReport,
+    exchange: Exchange | None,
 ) -> Any:
     """Load with lazy tensors; if the loader cannot do with them, load again with real ones."""
     model, weights = call.arguments["model"], call.arguments["weights"]
-    planned = PlannedLoad(model, _with_engine_config(settings, weights.loader), report)
+    planned = PlannedLoad(model, _with_engine_config(settings, weights.loader), report, exchange)
     try:
         with planned.replacing_load_weights():
             result = wrapped(*call.args, **call.kwargs)
@@ -113,7 +123,7 @@ def _load_by_plan(
             raise
         report.fall_back(insist(str(planned.session.aborted or repr(error)), settings))
         call.arguments["weights"] = weights.restart()
-        return _load_natively(wrapped, call)
+        return _load_natively(wrapped, call, exchange)
     if not report.tensors:
         report.fall_back(insist("it has no safetensors files", settings))
     return result

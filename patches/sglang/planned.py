@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from weightlift.loading.exchange import Exchange
 from weightlift.loading.lazy import LazyTensor
 from weightlift.loading.leftovers import meta_names
 from weightlift.loading.parameters import Parameters
@@ -29,9 +30,16 @@ class PlannedLoad:
         model: The model.
         settings: Threads, memory, whether fast load is wanted.
         report: Counts what happens.
+        exchange: How the ranks share the reading, if they may.
     """
 
-    def __init__(self, model: torch.nn.Module, settings: Settings, report: LoadReport) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        settings: Settings,
+        report: LoadReport,
+        exchange: Exchange | None = None,
+    ) -> None:
         self._model = model
         self._report = report
         self._history = history_of(model)
@@ -52,6 +60,7 @@ class PlannedLoad:
             self._planner.ledger,
             self._planner.weights,
             self._before_write if self._transaction else None,
+            exchange,
         )
 
     def _is_whole(self) -> bool:

@@ -15,6 +15,7 @@ from weightlift.compat.patch import Patch
 from weightlift.loading.control import Control
 from weightlift.loading.transaction import Transaction, within
 from weightlift.patches.sglang.history import history_of
+from weightlift.patches.sglang.sharing import parallel_state
 
 logger = logging.getLogger("weightlift")
 
@@ -130,16 +131,12 @@ def _tried(wrapped: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool
 
 def _group() -> Any:
     """The ranks that get every update together: the engine's tensor-parallel group."""
-    return _parallel_state().get_tp_group()
-
-
-def _parallel_state() -> Any:
-    return sys.modules["sglang.srt.distributed.parallel_state"]
+    return parallel_state().get_tp_group()
 
 
 def _stages() -> int:
     """Pipeline stages. They get an update one after the other, so they cannot vote together."""
-    found: int = _parallel_state().get_pp_group().world_size
+    found: int = parallel_state().get_pp_group().world_size
     return found
 
 

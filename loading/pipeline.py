@@ -1,0 +1,126 @@
+"""Rounds on their way: a ring of scratch on the device, with several of them under way at once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+
+import torch
+
+from weightlift.loading.errors import CheckpointError, PlanAborted
+from weightlift.loading.group import Group
+from weightlift.loading.placement import source_view, window_bytes
+from weightlift.loading.plan import Window
+from weightlift.loading.reader import ReaderPool
+from weightlift.loading.rounds import Round
+from weightlift.loading.transfer import Run
+
+
+class Pipeline:
+    """Takes the rounds through a ring of scratch: read, gather, place; several under way at once.
+
+    Args:
+        group: The ranks.
+        pool: This rank's readers.
+        ring: A row of scratch for each round under way: uint8, on the device.
+        part: Bytes of a row that are one rank's, at most.
+    """
+
+    def __init__(self, group: Group, pool: ReaderPool, ring: torch.Tensor, part: int) -> None:
+        self._group = group
+        self._pool = pool
+        self._ring = ring
+        self._most = min(part, window_bytes(ring.device))
+        self._arrivals: list[queue.SimpleQueue[torch.Event | None]]
+        self._arrivals = [queue.SimpleQueue() for _ in ring]
+        self._failure: Exception | None = None
+        self._is_cuda = ring.device.type == "cuda"
+        self._stream = torch.cuda.Stream(ring.device) if self._is_cuda else None
+
+    def run(self, rounds: list[Round]) -> None:
+        """Go through these rounds.
+
+        Raises:
+            CheckpointError: A rank could not read its part.
+            PlanAborted: A rank had to stop for some other reason.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._ring.device))
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            ahead = len(self._ring)
+            counts = [self._read(number, shared) for number, shared in enumerate(rounds[:ahead])]
+            for number, shared in enumerate(rounds):
+                for _ in range(counts[number]):
+                    self._await_arrival(number)
+                self._group.all_gather(self._row(number, shared))
+                self._place(number, shared)
+                if number + ahead < len(rounds):
+                    counts.append(self._read(number + ahead, rounds[number + ahead]))
+            if self._stream is not None:
+                self._stream.synchronize()
+        self._agree_on_the_end()
+
+    def _row(self, number: int, shared: Round) -> torch.Tensor:
+        """The scratch of a round: equal parts of all ranks."""
+        start, stop = shared.part(0, self._group.size)
+        return self._ring[number % len(self._ring), : (stop - start) * self._group.size]
+
+    def _read(self, number: int, shared: Round) -> int:
+        """Have this rank's part of a round read into its row; returns how many arrivals follow.
+
+        The readers wait for what this stream still does with the row.
+        """
+        start, stop = shared.part(self._group.rank, self._group.size)
+        row = self._row(number, shared)
+        arrived = functools.partial(self._arrived, number)
+        count = 0
+        for offset in range(start, stop, self._most):
+            run = Run(offset, min(offset + self._most, stop), row, offset - shared.start)
+            window = Window(shared.file, offset, run.stop, [run], issued=arrived)
+            count += self._pool.offer(window)
+        return count
+
+    def _arrived(self, number: int) -> None:
+        """Called by a reader once a part is on its way to the device, or given up."""
+        event = torch.cuda.current_stream().record_event() if self._is_cuda else None
+        self._arrivals[number % len(self._ring)].put(event)
+
+    def _await_arrival(self, number: int) -> None:
+        event = self._arrivals[number % len(self._ring)].get()
+        if event is not None and self._stream is not None:
+            self._stream.wait_event(event)
+
+    def _place(self, number: int, shared: Round) -> None:
+        """Copy this rank's pieces from the row to its parameters."""
+        row, whole = self._row(number, shared), Window(shared.file, shared.start, shared.stop)
+        runs = [piece for piece in shared.pieces if isinstance(piece, Run)]
+        others = [piece for piece in shared.pieces if not isinstance(piece, Run)]
+        try:
+            for pieces in (runs, others):  # those of one dtype are one kernel
+                if pieces:
+                    targets = [piece.target for piece in pieces]
+                    sources = [source_view(row, whole, piece) for piece in pieces]
+                    torch._foreach_copy_(targets, sources)
+        except Exception as error:  # noqa: BLE001 - told to the others at the end, who wait here
+            self._failure = self._failure or error
+
+    def _agree_on_the_end(self) -> None:
+        failure = self._pool.failure or self._failure
+        kind = "" if failure is None else _DAMAGED if _is_damage(failure) else _OTHER
+        told = self._group.gather(kind and f"{kind}{str(failure) or repr(failure)}")
+        if failure is not None:
+            raise failure
+        for rank, text in enumerate(told):
+            if text.startswith(_DAMAGED):
+                problem = f"rank {rank} could not read its part: {text.removeprefix(_DAMAGED)}"
+                raise CheckpointError("the checkpoint", problem)
+            if text:  # its engine loads again by itself, and so must this one's
+                raise PlanAborted(f"rank {rank} had to stop: {text.removeprefix(_OTHER)}")
+
+
+_DAMAGED, _OTHER = "damaged: ", "stopped: "
+
+
+def _is_damage(failure: BaseException) -> bool:
+    return isinstance(failure, CheckpointError)

@@ -1,0 +1,107 @@
+"""What the ranks of a host read together: a checkpoint cut into rounds, the same on every rank.
+
+A round is a range of a file. Each rank reads its part of it from the disk or the page cache, all of
+them get the whole over NVLink, and each takes from it what its parameters need. So every byte is
+read once a host, however many ranks want it, and a row-parallel slice, which lies in the file as
+thousands of short runs, is cut out on the device.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from weightlift.loading.checkpoint import Shard
+from weightlift.loading.files import ShardFile
+from weightlift.loading.header import TensorEntry
+from weightlift.loading.transfer import Run, Transfer
+
+ALIGNMENT = 4096
+"""Parts of a round are multiples of it."""
+
+WORTH = 0.9
+"""A round is shared if it is at most this part of what the ranks would read of it on their own."""
+
+
+@dataclass(slots=True)
+class Round:
+    """A range of a file, and what this rank takes from it.
+
+    Attributes:
+        file: The shard.
+        start: First byte.
+        stop: The byte after the last.
+        pieces: This rank's work that lies in it.
+    """
+
+    file: ShardFile
+    start: int
+    stop: int
+    pieces: list[Run | Transfer] = field(default_factory=list)
+
+    @property
+    def span(self) -> int:
+        """Bytes that it covers."""
+        return self.stop - self.start
+
+    @property
+    def read_alone(self) -> int:
+        """Bytes of the file that this rank would read of it by itself."""
+        return sum(piece.stop - piece.offset for piece in self.pieces)
+
+    def part(self, rank: int, size: int) -> tuple[int, int]:
+        """The bytes of the file that one of ``size`` ranks reads: from, to; perhaps none."""
+        length = -(-self.span // size)
+        length += -length % ALIGNMENT
+        start = min(self.start + rank * length, self.stop)
+        return start, min(start + length, self.stop)
+
+
+def cut(shards: Iterable[Shard], most: int) -> list[Round]:
+    """Rounds of at most ``most`` bytes that cover every tensor of these shards.
+
+    They end between tensors, or between rows of a tensor that is larger.
+    """
+    rounds: list[Round] = []
+    for shard in shards:
+        current: Round | None = None
+        for entry in shard.tensors.values():
+            for start, stop in _stretches(entry, most):
+                if current is None or stop - current.start > most:
+                    current = Round(shard.file, start, stop)
+                    rounds.append(current)
+                current.stop = stop
+    return rounds
+
+
+def _stretches(entry: TensorEntry, most: int) -> Iterator[tuple[int, int]]:
+    stop = entry.offset + entry.nbytes
+    step = entry.nbytes
+    if entry.nbytes > most:
+        row = entry.nbytes // (entry.shape or (1,))[0]
+        step = most // row * row or most
+    for start in range(entry.offset, stop, step or 1):
+        yield start, min(start + step, stop)
+
+
+def assign(
+    rounds: Sequence[Round], file: ShardFile, pieces: Iterable[Run | Transfer]
+) -> list[Run | Transfer]:
+    """Give pieces of a file to the rounds that they lie in; returns those that lie in none."""
+    mine = [shared for shared in rounds if shared.file is file]
+    starts = [shared.start for shared in mine]
+    outside: list[Run | Transfer] = []
+    waiting = list(pieces)
+    while waiting:
+        piece = waiting.pop()
+        shared = mine[max(0, bisect.bisect_right(starts, piece.offset) - 1)] if mine else None
+        if shared is None or not shared.start <= piece.offset < shared.stop:
+            outside.append(piece)
+        elif piece.stop <= shared.stop:
+            shared.pieces.append(piece)
+        elif parts := piece.cut(shared.stop):
+            waiting.extend(parts)
+        else:
+            outside.append(piece)
+    return outside
