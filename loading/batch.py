@@ -1,7 +1,7 @@
 """Many copies in one call: ``cudaMemcpyBatchAsync`` of the CUDA runtime, which torch does not offer.
 
 On an H200, windows of 8 MiB that hold tensors of 64 KiB go to the device at 54.2 GB/s this way and
-at 14.8 GB/s by a ``copy_`` each, which costs 5 us of Python a tensor. The call runs without the GIL.
+at 14.8 GB/s by a ``copy_`` each, which costs 5 us of Python a tensor.
 
 https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
 """
@@ -17,6 +17,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 logger = logging.getLogger("weightlift")
+
+FEW = 16
+"""So many copies are asked for in microseconds, with the interpreter lock held: with a dozen readers
+about, to get it back takes longer than that."""
 
 _IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
 _FAILURE_INDEX_UNTIL = 13  # CUDA 12.8 and 12.9 take one argument more, for the copy that failed
@@ -48,9 +52,11 @@ class BatchCopy:
         if not version:
             return
         self._major = int(version.split(".")[0])
+        library = f"libcudart.so.{self._major}"
         try:
-            self._runtime = ctypes.CDLL(f"libcudart.so.{self._major}")
+            self._runtime = ctypes.CDLL(library)
             self._copy: Callable[..., int] = self._runtime.cudaMemcpyBatchAsync
+            self._copy_few: Callable[..., int] = ctypes.PyDLL(library).cudaMemcpyBatchAsync
         except (OSError, AttributeError):  # older than CUDA 12.8, or linked in statically
             return
         self.is_available = True
@@ -73,7 +79,8 @@ class BatchCopy:
             return False
         lists = [array.array("Q", values) for values in (targets, sources, sizes)]
         failed = ctypes.c_size_t(0)
-        error = self._copy(
+        copy = self._copy_few if len(sizes) <= FEW else self._copy
+        error = copy(
             *(ctypes.c_void_p(values.buffer_info()[0]) for values in lists),
             ctypes.c_size_t(len(sizes)),
             ctypes.byref(self._attributes),

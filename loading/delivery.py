@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from weightlift.loading.exchange import Exchange
+from weightlift.loading.exchange import Exchange, SharedPlan
 from weightlift.loading.files import ShardFile
 from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Plan, Window
@@ -47,6 +47,8 @@ class Delivery:
         self._before_write = before_write
         self._exchange = exchange
         self._held: list[tuple[torch.device, Window]] = []
+        self._deferred: list[Callable[[], object]] = []
+        self._deferred_storages: set[int] = set()
         self._pools: dict[torch.device, ReaderPool] = {}
         self._plans: dict[torch.device, Plan] = {}
         self._lock = threading.RLock()
@@ -62,7 +64,7 @@ class Delivery:
         """Whether nothing is pending here; a forked child has no readers to wait for."""
         if os.getpid() != self._process:
             return True
-        return all(plan.is_empty for plan in list(self._plans.values()))
+        return not self._deferred and all(plan.is_empty for plan in list(self._plans.values()))
 
     def add(self, transfer: Transfer) -> None:
         """Record a transfer."""
@@ -81,15 +83,35 @@ class Delivery:
             return False
         plans = list(self._plans.values())
         if is_traceable_wrapper_subclass(tensor):  # storages of its own within
-            return bool(plans)
+            return bool(plans or self._deferred)
+        if tensor.untyped_storage().data_ptr() in self._deferred_storages:
+            return True
         return any(plan.touches(tensor) for plan in plans)
+
+    def defer(
+        self, work: Callable[[], object], plan: SharedPlan | None, storages: set[int]
+    ) -> None:
+        """Record the work that this does, unless the ranks can do it by a plan that they shared.
+
+        Args:
+            work: Records it.
+            plan: How the ranks shared the same work before, if they did.
+            storages: Addresses of the storages that it writes to.
+        """
+        if self._exchange is None or plan is None:
+            work()
+            return
+        self._exchange.plan = plan
+        self._deferred.append(work)
+        self._deferred_storages = storages
 
     def read_alone(self, reason: str) -> None:
         """Share nothing with other ranks in this load, and hand on what was gathered for it."""
         with self._lock:
-            exchange, self._exchange = self._exchange, None
-            if exchange is not None:
-                exchange.decline(reason)
+            if self._exchange is not None:
+                self._exchange.decline(reason)
+                self._do_deferred()
+                self._exchange = None
             if not self.is_gated:
                 self._release()
 
@@ -119,22 +141,34 @@ class Delivery:
         """
         self.open_gate()
         with self._lock:
-            for plan in list(self._plans.values()):
-                plan.close_window()
-            self._share()
+            if self._exchange is not None:
+                self._share(self._exchange)
         for device, plan in list(self._plans.items()):
             plan.flush(self._pools[device].drain)
 
-    def _share(self) -> None:
+    def _share(self, exchange: Exchange) -> None:
         """Do what was gathered together with the other ranks, once; the rest alone."""
-        exchange, self._exchange = self._exchange, None
-        if exchange is None:
-            return
-        mine = [window for device, window in self._held if device == exchange.device]
-        self._held = [held for held in self._held if held[0] != exchange.device]
-        alone = exchange.share(self._pool(exchange.device), mine)
+        alone = exchange.share(self._pool(exchange.device), lambda: self._work(exchange.device))
+        self._exchange = None
+        self._deferred.clear()
+        self._deferred_storages = set()
         self._held += [(exchange.device, window) for window in alone]
         self._release()
+        self._pools[exchange.device].drain()
+
+    def _work(self, device: torch.device) -> list[Window]:
+        """All that was recorded for a device; it is held no more."""
+        self._do_deferred()
+        for plan in list(self._plans.values()):
+            plan.close_window()
+        work = [window for where, window in self._held if where == device]
+        self._held = [held for held in self._held if held[0] != device]
+        return work
+
+    def _do_deferred(self) -> None:
+        deferred, self._deferred, self._deferred_storages = self._deferred, [], set()
+        for work in deferred:
+            work()
 
     def _release(self) -> None:
         held, self._held = self._held, []

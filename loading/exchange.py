@@ -12,12 +12,13 @@ import contextlib
 import hashlib
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from weightlift.loading.checkpoint import Checkpoint, Shard
+from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.files import ShardFile
 from weightlift.loading.group import Group
 from weightlift.loading.pipeline import Pipeline
@@ -25,17 +26,37 @@ from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Window, gathered
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.report import LoadReport, human
-from weightlift.loading.rounds import WORTH, Round, assign, cut
+from weightlift.loading.rounds import ALIGNMENT, WORTH, Round, assign, cut
 from weightlift.loading.settings import MIB
+from weightlift.loading.steps import Step, steps
 from weightlift.loading.transfer import Run, Transfer
 
 logger = logging.getLogger("weightlift")
 
-PART_BYTES = 16 * MIB
-"""What a rank reads of a round: enough for NVLink, small enough to have many under way."""
+ROUND_BYTES = 256 * MIB
+"""Each costs half a millisecond of Python, with a dozen readers about."""
 
-SCRATCH_BYTES = 512 * MIB
-MOST_SLOTS = 8
+SLOTS = 3
+"""Rounds under way at once: one is read, one is gathered and placed, and one is ahead."""
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """What ranks share of a load, and what this one does in it; good for as long as its plan is.
+
+    Attributes:
+        rounds: What is read together, in order; the same on all ranks.
+        steps: What this rank takes from each.
+        alone: Work of this rank on other bytes, by number of the shard.
+        read_alone: Bytes that the ranks would read without sharing.
+        digest: Differs if the rounds do.
+    """
+
+    rounds: list[Round]
+    steps: list[list[Step]]
+    alone: dict[int, list[Run | Transfer]]
+    read_alone: int
+    digest: str
 
 
 class Exchange:
@@ -48,7 +69,10 @@ class Exchange:
         group: The ranks.
         device: What this rank loads to.
         report: Is told what was shared, or why nothing was.
-        is_forced: Share whatever some rank reads, also where it costs more than it saves.
+        is_forced: Share also where it saves nothing.
+
+    Attributes:
+        plan: What was shared; or, before :meth:`share`, what may be shared again.
     """
 
     def __init__(
@@ -57,20 +81,23 @@ class Exchange:
         self.is_settled = False
         self.is_forced = is_forced
         self.device = device
+        self.plan: SharedPlan | None = None
         self._group = group
         self._report = report
-        self._shards: list[Shard] = []
-        self._part = PART_BYTES
+        self._files: list[ShardFile] = []
+        self._checkpoints: list[Checkpoint] = []
 
     def add(self, checkpoint: Checkpoint) -> None:
         """This checkpoint takes part in the load."""
-        self._shards += checkpoint.shards
+        self._checkpoints.append(checkpoint)
+        self._files += [shard.file for shard in checkpoint.shards]
 
     def decline(self, reason: str) -> None:
         """Take no part in this load; the other ranks hear of it and read for themselves."""
         if self.is_settled:
             return
         self.is_settled = True
+        self.plan = None
         self._report.exchange_note = reason
         try:
             self._group.gather(f"no: {reason}")
@@ -83,12 +110,12 @@ class Exchange:
     def __exit__(self, *_: object) -> None:
         self.decline("its load came to an end before")
 
-    def share(self, pool: ReaderPool, windows: list[Window]) -> list[Window]:
-        """Do this work together with the other ranks, as far as that reads less.
+    def share(self, pool: ReaderPool, work: Callable[[], list[Window]]) -> list[Window]:
+        """Do this rank's work together with the other ranks, as far as that reads less.
 
         Args:
             pool: This rank's readers, with nothing under way.
-            windows: All of this rank's work on the device.
+            work: Gives all of it. It is not asked for where ``plan`` can be followed again.
 
         Returns:
             What each has to read for itself.
@@ -98,85 +125,100 @@ class Exchange:
             PlanAborted: A rank had to stop for some other reason.
         """
         if self.is_settled:
-            return windows
+            return work()
         self.is_settled = True
         with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
-            return self._share(pool, windows)
+            return self._share(pool, work)
 
-    def _share(self, pool: ReaderPool, windows: list[Window]) -> list[Window]:
-        ring = self._ring()
-        self._report.exchange_note = self._disagreement(ring)
-        if self._report.exchange_note:
-            return windows
-        rounds = cut(self._shards, self._group.size * self._part)
-        outside = self._assigned(rounds, windows)
-        alone = torch.tensor([shared.read_alone for shared in rounds], dtype=torch.int64)
-        total = self._group.add_up(alone).tolist()
+    def _share(self, pool: ReaderPool, work: Callable[[], list[Window]]) -> list[Window]:
+        before, self.plan, ring = self.plan, None, self._ring()
+        offers = self._group.gather(self._offer(before, ring))
+        self._report.exchange_note = _refusal(offers)
+        if ring is None or self._report.exchange_note:
+            return work()
+        plan = before if before and len(set(offers)) == 1 else self._planned(work())
+        if plan.rounds:
+            self.plan = plan
+            self._explain(plan)
+            Pipeline(self._group, pool, ring, self._files).run(plan.rounds, plan.steps)
+        else:
+            self._report.exchange_note = "each rank reads other bytes"
+        most = window_bytes(self.device)
+        return [
+            window
+            for shard, pieces in plan.alone.items()
+            for window in gathered(self._files[shard], pieces, most)
+        ]
+
+    def _offer(self, before: SharedPlan | None, ring: torch.Tensor | None) -> str:
+        if ring is None:
+            return "no: its device has no room"
+        files = _digest(self._files)
+        if not files:
+            return "no: it cannot tell this host from others"
+        return f"yes: {files} {before.digest if before else 'anew'}"
+
+    def _planned(self, windows: list[Window]) -> SharedPlan:
+        """Cut the checkpoint into rounds, and see which are worth sharing; with all ranks."""
+        shards = [shard for checkpoint in self._checkpoints for shard in checkpoint.shards]
+        rounds = cut(shards, ROUND_BYTES)
+        alone: dict[int, list[Run | Transfer]] = {}
+        for number, file in enumerate(self._files):
+            mine = [shared for shared in rounds if shared.shard == number]
+            pieces = [piece for window in windows if window.file is file for piece in window.pieces]
+            alone[number] = assign(mine, pieces)
+        read = torch.tensor([shared.read_alone for shared in rounds], dtype=torch.int64)
+        total = self._group.add_up(read).tolist()
         chosen = []
         for shared, nbytes in zip(rounds, total, strict=True):
             if nbytes and (self.is_forced or shared.span <= WORTH * nbytes):
                 chosen.append(shared)
             else:
-                outside.setdefault(shared.file.path, (shared.file, []))[1].extend(shared.pieces)
-        if chosen:
-            assert ring is not None
-            self._explain(chosen, int(sum(total)))
-            Pipeline(self._group, pool, ring, self._part).run(chosen)
-        else:
-            self._report.exchange_note = "each rank reads other bytes"
-        most = window_bytes(self.device)
-        return [window for file, work in outside.values() for window in gathered(file, work, most)]
-
-    def _assigned(
-        self, rounds: list[Round], windows: list[Window]
-    ) -> dict[str, tuple[ShardFile, list[Run | Transfer]]]:
-        """Give the rounds their pieces; what lies in none, by file."""
-        outside = {}
-        by_file: dict[str, list[Window]] = {}
-        for window in windows:
-            by_file.setdefault(window.file.path, []).append(window)
-        for path, mine in by_file.items():
-            file = mine[0].file
-            pieces = [piece for window in mine for piece in window.pieces]
-            outside[path] = (file, assign(rounds, file, pieces))
-        return outside
+                alone[shared.shard] += shared.pieces
+        plans = [steps(shared.pieces, shared.start) for shared in chosen]
+        for shared in chosen:
+            shared.pieces = []
+        told = repr([(shared.shard, shared.start, shared.stop) for shared in chosen])
+        digest = hashlib.sha256(told.encode()).hexdigest()
+        return SharedPlan(chosen, plans, alone, sum(total), digest)
 
     def _ring(self) -> torch.Tensor | None:
         """Scratch on the device for some rounds; None if there is no room."""
-        whole = self._group.size * self._part
-        slots = max(2, min(MOST_SLOTS, SCRATCH_BYTES // whole))
+        size = self._group.size
+        row = size * -(-ROUND_BYTES // (size * ALIGNMENT)) * ALIGNMENT
         try:
-            return torch.empty(slots, whole, dtype=torch.uint8, device=self.device)
+            return torch.empty(SLOTS, row, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError:
             return None
 
-    def _disagreement(self, ring: torch.Tensor | None) -> str:
-        """Ask the other ranks; why nothing can be shared, or ''."""
-        offer = "no: its device has no room" if ring is None else f"yes: {_digest(self._shards)}"
-        offers = self._group.gather(offer)
-        refused = {
-            rank: text.removeprefix("no: ")
-            for rank, text in enumerate(offers)
-            if not text.startswith("yes: ")
-        }
-        if refused:
-            return "; ".join(f"rank {rank}: {why}" for rank, why in refused.items())
-        return "" if len(set(offers)) == 1 else "the ranks do not see the same files"
-
-    def _explain(self, chosen: list[Round], alone: int) -> None:
+    def _explain(self, plan: SharedPlan) -> None:
         rank, size = self._group.rank, self._group.size
-        parts = [shared.part(rank, size) for shared in chosen]
-        span = sum(shared.span for shared in chosen)
+        parts = [shared.part(rank, size) for shared in plan.rounds]
+        span = sum(shared.span for shared in plan.rounds)
         self._report.exchanged = span - sum(stop - start for start, stop in parts)
         self._report.exchange_note = (
-            f"{human(span)} read once by {size} ranks; alone they would read {human(alone)}"
+            f"{human(span)} read once by {size} ranks; alone they would read "
+            f"{human(plan.read_alone)}"
         )
 
 
-def _digest(shards: Iterable[Shard]) -> str:
-    """What tells files of this host apart from others, as they are now."""
+def _refusal(offers: list[str]) -> str:
+    """Why these offers of the ranks do not come together, or ''."""
+    refused = {
+        rank: text.removeprefix("no: ")
+        for rank, text in enumerate(offers)
+        if not text.startswith("yes: ")
+    }
+    if refused:
+        return "; ".join(f"rank {rank}: {why}" for rank, why in refused.items())
+    files = {text.split()[1] for text in offers}
+    return "" if len(files) == 1 else "the ranks do not see the same files"
+
+
+def _digest(files: list[ShardFile]) -> str:
+    """What tells files of this host apart from others, as they are now; '' if nothing does."""
     with contextlib.suppress(OSError):
         host = Path("/proc/sys/kernel/random/boot_id").read_text()
-        facts = [host, socket.gethostname(), [shard.file.identity for shard in shards]]
+        facts = [host, socket.gethostname(), [file.identity for file in files]]
         return hashlib.sha256(repr(facts).encode()).hexdigest()
-    return "unknown"
+    return ""

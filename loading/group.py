@@ -11,6 +11,12 @@ WORD_BYTES = 1024
 """Room for what a rank says in an agreement; longer text is cut off."""
 
 
+# Renamed in torch 2.13.
+_gather_into: Any = getattr(torch.distributed, "all_gather_single", None) or getattr(
+    torch.distributed, "all_gather_into_tensor", None
+)
+
+
 class Group(Protocol):
     """What ranks need to share the reading of a checkpoint. Every call is made by all of them."""
 
@@ -74,4 +80,4 @@ class TorchGroup:
         if whole.device.type == "cpu":  # Gloo has no gather into one tensor in older torch
             torch.distributed.all_gather(list(parts), mine.clone(), group=self.cpu_group)
         else:
-            torch.distributed.all_gather_into_tensor(whole, mine, group=self.device_group)
+            _gather_into(whole, mine, group=self.device_group)

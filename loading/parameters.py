@@ -61,6 +61,10 @@ class Parameters:
             self._memory[name] = found
         return found
 
+    def storages(self) -> set[int]:
+        """Addresses of the storages that they are in."""
+        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
+
     def are_alike(self, name: str, other: str) -> bool:
         """Whether what fits one of two fits the other."""
         if other not in self.tensors:

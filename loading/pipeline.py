@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
+from collections.abc import Sequence
 
 import torch
 
 from weightlift.loading.errors import CheckpointError, PlanAborted
+from weightlift.loading.files import ShardFile
 from weightlift.loading.group import Group
-from weightlift.loading.placement import source_view, window_bytes
+from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.rounds import Round
+from weightlift.loading.steps import Step
 from weightlift.loading.transfer import Run
+
+_Copies = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 class Pipeline:
@@ -24,22 +29,25 @@ class Pipeline:
         group: The ranks.
         pool: This rank's readers.
         ring: A row of scratch for each round under way: uint8, on the device.
-        part: Bytes of a row that are one rank's, at most.
+        files: The shards, by number.
     """
 
-    def __init__(self, group: Group, pool: ReaderPool, ring: torch.Tensor, part: int) -> None:
+    def __init__(
+        self, group: Group, pool: ReaderPool, ring: torch.Tensor, files: Sequence[ShardFile]
+    ) -> None:
         self._group = group
         self._pool = pool
         self._ring = ring
-        self._most = min(part, window_bytes(ring.device))
+        self._files = files
+        self._most = window_bytes(ring.device)
         self._arrivals: list[queue.SimpleQueue[torch.Event | None]]
         self._arrivals = [queue.SimpleQueue() for _ in ring]
         self._failure: Exception | None = None
         self._is_cuda = ring.device.type == "cuda"
         self._stream = torch.cuda.Stream(ring.device) if self._is_cuda else None
 
-    def run(self, rounds: list[Round]) -> None:
-        """Go through these rounds.
+    def run(self, rounds: Sequence[Round], steps: Sequence[Sequence[Step]]) -> None:
+        """Go through these rounds, with what this rank takes from each.
 
         Raises:
             CheckpointError: A rank could not read its part.
@@ -47,6 +55,7 @@ class Pipeline:
         """
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._ring.device))
+        copies = [self._copies(*item) for item in enumerate(zip(rounds, steps, strict=True))]
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             ahead = len(self._ring)
             counts = [self._read(number, shared) for number, shared in enumerate(rounds[:ahead])]
@@ -54,7 +63,7 @@ class Pipeline:
                 for _ in range(counts[number]):
                     self._await_arrival(number)
                 self._group.all_gather(self._row(number, shared))
-                self._place(number, shared)
+                self._place(copies[number])
                 if number + ahead < len(rounds):
                     counts.append(self._read(number + ahead, rounds[number + ahead]))
             if self._stream is not None:
@@ -77,7 +86,7 @@ class Pipeline:
         count = 0
         for offset in range(start, stop, self._most):
             run = Run(offset, min(offset + self._most, stop), row, offset - shared.start)
-            window = Window(shared.file, offset, run.stop, [run], issued=arrived)
+            window = Window(self._files[shared.shard], offset, run.stop, [run], issued=arrived)
             count += self._pool.offer(window)
         return count
 
@@ -91,19 +100,18 @@ class Pipeline:
         if event is not None and self._stream is not None:
             self._stream.wait_event(event)
 
-    def _place(self, number: int, shared: Round) -> None:
-        """Copy this rank's pieces from the row to its parameters."""
-        row, whole = self._row(number, shared), Window(shared.file, shared.start, shared.stop)
-        runs = [piece for piece in shared.pieces if isinstance(piece, Run)]
-        others = [piece for piece in shared.pieces if not isinstance(piece, Run)]
-        try:
-            for pieces in (runs, others):  # those of one dtype are one kernel
-                if pieces:
-                    targets = [piece.target for piece in pieces]
-                    sources = [source_view(row, whole, piece) for piece in pieces]
-                    torch._foreach_copy_(targets, sources)
-        except Exception as error:  # noqa: BLE001 - told to the others at the end, who wait here
-            self._failure = self._failure or error
+    def _copies(self, number: int, work: tuple[Round, Sequence[Step]]) -> _Copies:
+        """What a round's row fills. Made before readers compete for the interpreter."""
+        row = self._row(number, work[0])
+        return [step.target for step in work[1]], [step.source(row) for step in work[1]]
+
+    def _place(self, copies: _Copies) -> None:
+        """Copy what this rank takes from a row to its parameters, in one call."""
+        if copies[0]:
+            try:
+                torch._foreach_copy_(*copies, non_blocking=True)
+            except Exception as error:  # noqa: BLE001 - told to the others at the end, who wait
+                self._failure = self._failure or error
 
     def _agree_on_the_end(self) -> None:
         failure = self._pool.failure or self._failure

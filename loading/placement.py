@@ -111,7 +111,8 @@ class CudaPlacer:
     def place(self, window: Window) -> None:
         """Read the window and start its way to the device."""
         (half, memory), busy = self._halves.pop(0), self._busy.pop(0)
-        busy.synchronize()
+        if not busy.query():
+            busy.synchronize()
         if window.ready is not None:
             self._stream.wait_event(window.ready)
         packed = all(isinstance(piece, Run) or piece.is_packed for piece in window.pieces)

@@ -147,7 +147,14 @@ class Planner:
     def _replayed(
         self, session: LoadSession, checkpoint: Checkpoint, recording: Recording
     ) -> NamedWeights:
-        session.report.replayed = deliver(session, checkpoint, recording.recipes, self.parameters)
+        def again() -> object:
+            return deliver(session, checkpoint, recording.recipes, self.parameters)
+
+        # What the engine has a part in may come out otherwise.
+        shared = None if recording.for_engine else recording.shared
+        session.delivery.defer(again, shared, self.parameters.storages())
+        session.report.replayed = recording.moves
+        session.report.bytes_needed += recording.nbytes
         session.report.tensors += len(recording.recipes)
         yield from session.lazies(checkpoint, recording.for_engine.keys())
 
@@ -179,9 +186,9 @@ class Planner:
         if self._recipes:
             self.plan = "fast"
             session.report.tensors += len(self._recipes)
-            session.report.extrapolated += deliver(
-                session, checkpoint, self._recipes, self.parameters
-            )
+            count, nbytes = deliver(session, checkpoint, self._recipes, self.parameters)
+            session.report.extrapolated += count
+            session.report.bytes_needed += nbytes
         if rest:
             self.note = f"{len(rest)} tensors do not follow from samples, such as {min(rest)}"
             yield from session.lazies(checkpoint, rest)

@@ -7,6 +7,7 @@ see them again.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading.exchange import SharedPlan
 from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.parameters import Geometry, Parameters
@@ -91,6 +93,7 @@ class Recording:
         configuration: What else the engine's loader depends on: ranks, where experts are.
         headers: The tensors of each shard. The same objects are the same headers.
         returned: What the engine's loader returned.
+        shared: How the ranks of the host shared its reading, if they did.
     """
 
     recipes: Mapping[str, Recipe]
@@ -99,6 +102,17 @@ class Recording:
     configuration: str
     headers: tuple[Mapping[str, TensorEntry], ...]
     returned: Any = None
+    shared: SharedPlan | None = None
+
+    @functools.cached_property
+    def moves(self) -> int:
+        """How many moves there are."""
+        return sum(len(recipe.moves) for recipe in self.recipes.values())
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes that they take from the files."""
+        return sum(move.nbytes for recipe in self.recipes.values() for move in recipe.moves)
 
     def misfit(self, checkpoint: Checkpoint, geometry: Geometry, configuration: str) -> str:
         """Why this recording does not hold for such a checkpoint and model, or ''."""

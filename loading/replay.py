@@ -18,7 +18,7 @@ def deliver(
     checkpoint: Checkpoint,
     recipes: Mapping[str, Recipe],
     parameters: Parameters,
-) -> int:
+) -> tuple[int, int]:
     """Hand the moves of these recipes to the readers, file by file.
 
     Args:
@@ -28,7 +28,7 @@ def deliver(
         parameters: What they write to.
 
     Returns:
-        How many moves there were.
+        How many moves there were, and bytes that they take.
     """
     with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
         return _deliver(session, checkpoint, recipes, parameters)
@@ -39,8 +39,8 @@ def _deliver(
     checkpoint: Checkpoint,
     recipes: Mapping[str, Recipe],
     parameters: Parameters,
-) -> int:
-    count = 0
+) -> tuple[int, int]:
+    count = nbytes = 0
     memories: dict[str, torch.Tensor] = {}
     for shard in checkpoint.shards:
         pieces: dict[torch.device, list[Run | Transfer]] = {}
@@ -59,8 +59,8 @@ def _deliver(
                     if move.layout is None
                     else move.transfer(shard.file, entry.offset, memory)
                 )
-                session.report.bytes_needed += move.nbytes
+                nbytes += move.nbytes
                 count += 1
         for device, work in pieces.items():
             session.delivery.add_disjoint(shard.file, work, used[device].values())
-    return count
+    return count, nbytes

@@ -16,7 +16,8 @@ DIRECT_FILESYSTEMS = frozenset({"ext3", "ext4", "xfs", "f2fs"})
 """Local ones that read past the page cache at the disk's own rate. Network filesystems do better
 with it: pages that one rank brought in serve the others."""
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
+# Calls of a microsecond, which keep the interpreter lock: to get it back from busy readers takes more.
+_LIBC = ctypes.PyDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
 _FAILED = ctypes.c_void_p(-1).value
 

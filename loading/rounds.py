@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from weightlift.loading.checkpoint import Shard
-from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.transfer import Run, Transfer
 
@@ -29,13 +28,13 @@ class Round:
     """A range of a file, and what this rank takes from it.
 
     Attributes:
-        file: The shard.
+        shard: Number of the shard.
         start: First byte.
         stop: The byte after the last.
         pieces: This rank's work that lies in it.
     """
 
-    file: ShardFile
+    shard: int
     start: int
     stop: int
     pieces: list[Run | Transfer] = field(default_factory=list)
@@ -64,12 +63,12 @@ def cut(shards: Iterable[Shard], most: int) -> list[Round]:
     They end between tensors, or between rows of a tensor that is larger.
     """
     rounds: list[Round] = []
-    for shard in shards:
+    for number, shard in enumerate(shards):
         current: Round | None = None
         for entry in shard.tensors.values():
             for start, stop in _stretches(entry, most):
                 if current is None or stop - current.start > most:
-                    current = Round(shard.file, start, stop)
+                    current = Round(number, start, stop)
                     rounds.append(current)
                 current.stop = stop
     return rounds
@@ -85,19 +84,16 @@ def _stretches(entry: TensorEntry, most: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, stop)
 
 
-def assign(
-    rounds: Sequence[Round], file: ShardFile, pieces: Iterable[Run | Transfer]
-) -> list[Run | Transfer]:
-    """Give pieces of a file to the rounds that they lie in; returns those that lie in none."""
-    mine = [shared for shared in rounds if shared.file is file]
-    starts = [shared.start for shared in mine]
+def assign(rounds: Sequence[Round], pieces: Iterable[Run | Transfer]) -> list[Run | Transfer]:
+    """Give pieces of a shard to its rounds; returns those that lie in none of them."""
+    starts = [shared.start for shared in rounds]
     outside: list[Run | Transfer] = []
     waiting = list(pieces)
     while waiting:
         piece = waiting.pop()
-        shared = mine[max(0, bisect.bisect_right(starts, piece.offset) - 1)] if mine else None
-        if shared is None or not shared.start <= piece.offset < shared.stop:
-            outside.append(piece)
+        shared = rounds[bisect.bisect_right(starts, piece.offset) - 1]
+        if isinstance(piece, Transfer) and (piece.offset - shared.start) % piece.dtype.itemsize:
+            outside.append(piece)  # at no address that such elements can be read from
         elif piece.stop <= shared.stop:
             shared.pieces.append(piece)
         elif parts := piece.cut(shared.stop):

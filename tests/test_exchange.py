@@ -30,7 +30,7 @@ from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
 
 RANKS = 3
-PART = 64 << 10
+ROUND = 192 << 10
 CPU = torch.device("cpu")
 
 
@@ -87,7 +87,7 @@ def load(
 def one_rank(rank: int, act: Callable[..., Any], folder: str, shards: list[str]) -> None:
     """The body of a rank's process: writes what ``act`` returns, or its error, to a file."""
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-    exchange_module.PART_BYTES = PART
+    exchange_module.ROUND_BYTES = ROUND
     group = TorchGroup(rank, RANKS, dist.group.WORLD, dist.group.WORLD)
     try:
         told = dataclasses.asdict(act(shards, rank, group))

@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class PlannedLoad:
         self._model = model
         self._report = report
         self._history = history_of(model)
+        self._exchange = exchange
         self._transaction = active_transaction()
         self._is_checked = False
         is_update = report.phase == "update"
@@ -120,6 +122,9 @@ class PlannedLoad:
         if recording is None:
             self._history.recordings.pop(self._report.phase, None)
         else:
+            shared = self._exchange.plan if self._exchange else None
+            if shared is not recording.shared:
+                recording = replace(recording, shared=shared)
             self._history.recordings[self._report.phase] = recording
         self._history.expectation = self._planner.expected()
         self._report.plan = self._planner.plan
