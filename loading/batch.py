@@ -23,6 +23,7 @@ FEW = 16
 about, to get it back takes longer than that."""
 
 _IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
+_TO_DEVICE = 1  # cudaMemcpyHostToDevice
 _FAILURE_INDEX_UNTIL = 13  # CUDA 12.8 and 12.9 take one argument more, for the copy that failed
 
 
@@ -56,7 +57,9 @@ class BatchCopy:
         try:
             self._runtime = ctypes.CDLL(library)
             self._copy: Callable[..., int] = self._runtime.cudaMemcpyBatchAsync
-            self._copy_few: Callable[..., int] = ctypes.PyDLL(library).cudaMemcpyBatchAsync
+            with_lock = ctypes.PyDLL(library)
+            self._copy_few: Callable[..., int] = with_lock.cudaMemcpyBatchAsync
+            self._copy_one: Callable[..., int] = with_lock.cudaMemcpyAsync
         except (OSError, AttributeError):  # older than CUDA 12.8, or linked in statically
             return
         self.is_available = True
@@ -77,6 +80,8 @@ class BatchCopy:
         """
         if not self.is_available:
             return False
+        if len(sizes) == 1:
+            return self._one(targets[0], sources[0], sizes[0], stream)
         lists = [array.array("Q", values) for values in (targets, sources, sizes)]
         failed = ctypes.c_size_t(0)
         copy = self._copy_few if len(sizes) <= FEW else self._copy
@@ -89,6 +94,15 @@ class BatchCopy:
             *((ctypes.byref(failed),) if self._major < _FAILURE_INDEX_UNTIL else ()),
             ctypes.c_void_p(stream.cuda_stream),
         )
+        return self._is_done(error)
+
+    def _one(self, target: int, source: int, size: int, stream: torch.cuda.Stream) -> bool:
+        addresses = ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size)
+        return self._is_done(
+            self._copy_one(*addresses, _TO_DEVICE, ctypes.c_void_p(stream.cuda_stream))
+        )
+
+    def _is_done(self, error: int) -> bool:
         if error:
             self.is_available = False
             self._runtime.cudaGetLastError()  # or the next kernel would be blamed for it

@@ -29,6 +29,9 @@ class Placer(Protocol):
     def place(self, window: Window) -> None:
         """Read the window and put its pieces in place, perhaps still under way on return."""
 
+    def event(self) -> torch.Event | None:
+        """What tells that all windows so far are in place; None if they are."""
+
     def close(self) -> None:
         """Give the staging memory back."""
 
@@ -41,6 +44,10 @@ class HostPlacer:
 
     def place(self, window: Window) -> None:
         """Read the window and fill its pieces; done on return."""
+        if window.span > HOST_WINDOW_BYTES:
+            for part in window.parts(HOST_WINDOW_BYTES):
+                self.place(part)
+            return
         staged = window.file.staged_view(window.start, window.stop)
         if staged is not None:
             for piece in window.pieces:
@@ -56,6 +63,9 @@ class HostPlacer:
         before = window.file.fetch(window.start, window.stop, memory_of(self._scratch))
         for piece in window.pieces:
             piece.target.copy_(source_view(self._scratch[before:], window, piece))
+
+    def event(self) -> None:
+        """They are, on return from :meth:`place`."""
 
     def close(self) -> None:
         """Let the scratch go."""
@@ -110,6 +120,10 @@ class CudaPlacer:
 
     def place(self, window: Window) -> None:
         """Read the window and start its way to the device."""
+        if window.span > CUDA_WINDOW_BYTES:
+            for part in window.parts(CUDA_WINDOW_BYTES):
+                self.place(part)
+            return
         (half, memory), busy = self._halves.pop(0), self._busy.pop(0)
         if not busy.query():
             busy.synchronize()
@@ -127,6 +141,12 @@ class CudaPlacer:
         busy.record(self._stream)
         self._halves.append((half, memory))
         self._busy.append(busy)
+
+    def event(self) -> torch.Event:
+        """What tells that all windows so far are in place."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
 
     def close(self) -> None:
         """Wait for the device and give the pinned slot back."""

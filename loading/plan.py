@@ -33,13 +33,19 @@ class Window:
     pieces: list[Run | Transfer] = field(default_factory=list)
     ready: torch.Event | None = None
     """Work on the recording thread's stream that must come before these bytes land."""
-    issued: Callable[[], None] | None = None
-    """Called by the reader, once the bytes are on their way by its stream, or will never be."""
+    issued: Callable[[torch.Event | None], None] | None = None
+    """Called by the reader with what tells that the bytes are in place, or that they never will."""
 
     @property
     def span(self) -> int:
         """Bytes that the window covers."""
         return self.stop - self.start
+
+    def parts(self, most: int) -> Iterator[Window]:
+        """This window, of one run alone, as windows of at most ``most`` bytes."""
+        (run,) = self.pieces
+        for piece in run.split(most):
+            yield Window(self.file, piece.offset, piece.stop, [piece], self.ready)
 
     def takes(self, file: ShardFile, piece: Run | Transfer, most: int) -> bool:
         """Whether this piece may join without reading backwards, far ahead or too much."""

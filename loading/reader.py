@@ -83,15 +83,20 @@ class ReaderPool:
         """Queue a window as :meth:`submit` does; False if one before it could not be read."""
         if self._failure is not None:
             return False
-        if self._device.type == "cuda":
-            # What this thread's stream still does to the targets (zero-fills) comes first.
-            stream = torch.cuda.current_stream(self._device)
-            window.ready = None if stream.query() else stream.record_event()
+        if window.ready is None:
+            window.ready = self.work_before()
         if self._under_way == WINDOWS_AHEAD:
             self._await_one()
         self._under_way += 1
         self._waiting.put(window)
         return True
+
+    def work_before(self) -> torch.Event | None:
+        """What this thread's stream still does to targets (zero-fills), and must come first."""
+        if self._device.type == "cpu":
+            return None
+        stream = torch.cuda.current_stream(self._device)
+        return None if stream.query() else stream.record_event()
 
     @property
     def failure(self) -> BaseException | None:
@@ -139,7 +144,7 @@ class ReaderPool:
                 except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the load
                     self._failure = error
                 if window.issued is not None:
-                    window.issued()
+                    window.issued(placer.event() if placer else None)
                 self._placed.put(None)
             if placer is not None:
                 placer.close()

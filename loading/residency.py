@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 PAGE = mmap.PAGESIZE
-SAMPLES = 8
+SAMPLES = 4
 """Pages of a range that are looked at. One that is not cached makes the range cold."""
 
 DIRECT_FILESYSTEMS = frozenset({"ext3", "ext4", "xfs", "f2fs"})
