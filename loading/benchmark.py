@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,9 @@ class Timing:
         first_s: Seconds of the first call in its process.
         seconds: Of the calls after it.
         nbytes: Bytes of the checkpoint.
-        is_equal: Whether every tensor is that of the file.
+        is_equal: Whether every tensor is that of the file, cast where that was asked for.
+        device_bytes: Device memory that it took besides the tensors, at its peak.
+        host_bytes: Host memory of its process that it took, and kept to the end.
         problem: Why there are no numbers, or ''.
     """
 
@@ -44,6 +47,8 @@ class Timing:
     seconds: tuple[float, ...] = ()
     nbytes: int = 0
     is_equal: bool = False
+    device_bytes: int = 0
+    host_bytes: int = 0
     problem: str = ""
 
     @property
@@ -53,7 +58,12 @@ class Timing:
 
 
 def compare(
-    path: Path, device: torch.device, loaders: list[str], states: list[str], calls: int
+    path: Path,
+    device: torch.device,
+    loaders: list[str],
+    states: list[str],
+    calls: int,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Timing]:
     """Time these loaders, one process each, and yield as they are done.
 
@@ -63,12 +73,13 @@ def compare(
         loaders: Names from :data:`LOADERS`.
         states: ``warm``, ``cold`` or both.
         calls: Calls in each process, at least one.
+        dtype: Of the tensors, if not as stored.
     """
     context = multiprocessing.get_context("spawn")
     for state in states:
         for name in loaders:
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (name, path, device, state, calls, theirs)
+            arguments = (name, path, device, state, calls, dtype, theirs)
             process = context.Process(target=_measure, args=arguments)
             process.start()
             theirs.close()
@@ -81,37 +92,82 @@ def compare(
 
 
 def _measure(
-    name: str, path: Path, device: torch.device, state: str, calls: int, answer: object
+    name: str,
+    path: Path,
+    device: torch.device,
+    state: str,
+    calls: int,
+    dtype: torch.dtype | None,
+    answer: Any,
 ) -> None:
     """Runs in the loader's own process."""
     try:
-        timing = _timed(name, path, device, state, calls)
+        timing = _timed(name, path, device, state, calls, dtype)
     except Exception as error:  # noqa: BLE001 - a peer's trouble is a row of the table
         timing = Timing(name, state, problem=f"{type(error).__name__}: {error}")
-    answer.send(timing)  # type: ignore[attr-defined]
+    answer.send(timing)
 
 
-def _timed(name: str, path: Path, device: torch.device, state: str, calls: int) -> Timing:
-    targets = empty_targets(path, device)
+def _timed(
+    name: str,
+    path: Path,
+    device: torch.device,
+    state: str,
+    calls: int,
+    dtype: torch.dtype | None,
+) -> Timing:
+    targets = empty_targets(path, device, dtype)
+    memory = _Memory(device)
     seconds = []
     for _ in range(calls):
         prepare_cache(path, state)
         started = time.perf_counter()
         with torch.no_grad():
-            LOADERS[name].run(path, targets, device)
+            LOADERS[name].run(path, targets, device, state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    nbytes = sum(target.nbytes for target in targets.values())
+    taken = memory.taken()
+    with Checkpoint.from_path(path) as checkpoint:
+        nbytes = sum(entry.nbytes for entry in checkpoint.entries())
     equal = is_equal(path, targets)
-    return Timing(name, state, seconds[0], tuple(seconds[1:]), nbytes, equal)
+    return Timing(name, state, seconds[0], tuple(seconds[1:]), nbytes, equal, *taken)
 
 
-def empty_targets(path: Path, device: torch.device) -> Targets:
-    """Zeroed tensors of the checkpoint's shapes and dtypes."""
+class _Memory:
+    """What a loader takes of the device and of the host, beyond what was taken before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host = _anonymous_bytes()
+        self._free = self._allocated = 0
+        if device.type == "cuda":
+            self._free = torch.cuda.mem_get_info(device)[0]
+            self._allocated = torch.cuda.memory_allocated(device)
+
+    def taken(self) -> tuple[int, int]:
+        """Bytes of the device, at the peak or still, and of the host, still."""
+        host = max(0, _anonymous_bytes() - self._host)
+        if self._device.type == "cpu":
+            return 0, host
+        by_torch = torch.cuda.max_memory_allocated(self._device) - self._allocated
+        by_all = self._free - torch.cuda.mem_get_info(self._device)[0]
+        return max(0, by_torch, by_all), host
+
+
+def _anonymous_bytes() -> int:
+    """Resident memory of this process that is of no file."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def empty_targets(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Targets:
+    """Zeroed tensors of the checkpoint's shapes and, if no other is given, dtypes."""
     with Checkpoint.from_path(path) as checkpoint:
         return {
-            entry.name: torch.zeros(entry.shape, dtype=entry.dtype, device=device)
+            entry.name: torch.zeros(entry.shape, dtype=dtype or entry.dtype, device=device)
             for entry in checkpoint.entries()
         }
 
@@ -143,13 +199,13 @@ def _make_cold(path: str) -> None:
 
 
 def is_equal(path: Path, targets: Targets) -> bool:
-    """Whether the targets hold, bit by bit, what safetensors reads."""
+    """Whether the targets hold, bit by bit, what safetensors reads and torch casts."""
     from safetensors import safe_open
 
     for file in shard_paths(path):
         with safe_open(file, framework="pt", device="cpu") as shard:
             for name in shard.keys():  # noqa: SIM118 - it is no dict
-                expected = shard.get_tensor(name).to(targets[name].device)
+                expected = shard.get_tensor(name).to(targets[name].device).to(targets[name].dtype)
                 left, right = (
                     item.reshape(-1).view(torch.uint8) for item in (expected, targets[name])
                 )

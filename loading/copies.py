@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted
-from weightlift.loading.files import ShardFile, memory_of
+from weightlift.loading.files import memory_of
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.lazy import LazyTensor, data_of, geometry, place_of
 from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
-from weightlift.loading.transfer import Transfer, extent, row_major
+from weightlift.loading.transfer import Transfer, extent
 
 
 class Copies:
@@ -51,7 +51,7 @@ class Copies:
         """
         shape, stride, _, dtype = geometry(lazy)
         entry = lazy.source.entry
-        if not _is_plain(target, shape) or lazy.source.realised is not None:
+        if not is_plain(target, shape) or lazy.source.realised is not None:
             self._blame(entry, "a copy that takes more than moving bytes")
             self._copy_now(target, lazy)
             return
@@ -73,19 +73,6 @@ class Copies:
         self.delivery.add(transfer)
         if self.is_exhausted:
             self.delivery.flush()
-
-    def fill(self, target: torch.Tensor, entry: TensorEntry, file: ShardFile) -> bool:
-        """Fill ``target`` with a whole tensor of its shape, in the background; False if it cannot.
-
-        No engine is at work here: nobody reads it back before all is in place.
-        """
-        if not _is_plain(target, entry.shape):
-            return False
-        target, stride = target.detach(), row_major(entry.shape)
-        self.delivery.add(Transfer(file, entry.offset, entry.dtype, entry.shape, stride, target))
-        self.report.planned += 1
-        self.report.bytes_needed += entry.nbytes
-        return True
 
     def _must_wait(self) -> bool:
         """Whether this thread's copies may wait: nothing may be written, and the guard is here."""
@@ -143,7 +130,7 @@ class Copies:
         return reason
 
 
-def _is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
+def is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Whether readers may write to this target's memory themselves."""
     return (
         tuple(target.shape) == shape

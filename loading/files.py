@@ -235,5 +235,9 @@ def _after(buffers: list[Buffer], got: int) -> list[Buffer]:
 
 def memory_of(tensor: torch.Tensor) -> Buffer:
     """The bytes of a contiguous CPU tensor, writable. It must outlive the result."""
-    length = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_char * length).from_address(tensor.data_ptr())).cast("B")
+    return memory_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def memory_at(address: int, length: int) -> Buffer:
+    """Bytes of this process, writable. They must outlive the result."""
+    return memoryview((ctypes.c_char * length).from_address(address)).cast("B")

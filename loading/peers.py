@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +19,11 @@ from weightlift.loading.state_dict import load_into
 Targets = dict[str, torch.Tensor]
 
 
-def _weightlift(path: Path, targets: Targets, device: torch.device) -> None:
+def _weightlift(path: Path, targets: Targets, device: torch.device, state: str) -> None:
     load_into(targets, path)
 
 
-def _safetensors(path: Path, targets: Targets, device: torch.device) -> None:
+def _safetensors(path: Path, targets: Targets, device: torch.device, state: str) -> None:
     """What the engines' loops do: map, and copy tensor by tensor."""
     from safetensors import safe_open
 
@@ -30,18 +33,33 @@ def _safetensors(path: Path, targets: Targets, device: torch.device) -> None:
                 targets[name].copy_(shard.get_tensor(name))
 
 
-def _safetensors_prefetch(path: Path, targets: Targets, device: torch.device) -> None:
+def _safetensors_prefetch(path: Path, targets: Targets, device: torch.device, state: str) -> None:
+    """Two files in flight: one alone waits for its last tensor before the next begins."""
     from safetensors import safe_open
 
-    for file in shard_paths(path):
-        with safe_open(file, framework="pt") as shard:
-            with shard.prefetch(plan=None, device=str(device), threads=8) as tensors:
+    with ExitStack() as stack:
+        under_way: deque[tuple[ExitStack, Any]] = deque()
+
+        def finish_one() -> None:
+            own, tensors = under_way.popleft()
+            with own:
                 for name, tensor in tensors:
                     targets[name].copy_(tensor)
 
+        for file in shard_paths(path):
+            own = stack.enter_context(ExitStack())
+            shard = own.enter_context(safe_open(file, framework="pt"))
+            tensors = own.enter_context(shard.prefetch(plan=None, device=str(device), threads=8))
+            under_way.append((own, tensors))
+            if len(under_way) > 1:
+                finish_one()
+        while under_way:
+            finish_one()
 
-def _fastsafetensors(path: Path, targets: Targets, device: torch.device) -> None:
-    os.environ["FASTSAFETENSORS_ODIRECT"] = "0"  # else it reads a warm file at the disk's speed
+
+def _fastsafetensors(path: Path, targets: Targets, device: torch.device, state: str) -> None:
+    # Left to itself it reads a warm file at the disk's speed.
+    os.environ["FASTSAFETENSORS_ODIRECT"] = str(int(state == "cold"))
     from fastsafetensors import ParallelLoader  # pyright: ignore[reportMissingImports]
 
     loader = ParallelLoader(
@@ -58,18 +76,26 @@ def _fastsafetensors(path: Path, targets: Targets, device: torch.device) -> None
     loader.close()
 
 
-def _instanttensor(path: Path, targets: Targets, device: torch.device) -> None:
+def _instanttensor(path: Path, targets: Targets, device: torch.device, state: str) -> None:
     os.environ["INSTANTTENSOR_CACHE_BUFFER"] = "1"
-    from instanttensor import BackendPolicy, safe_open  # pyright: ignore[reportMissingImports]
+    from instanttensor import (  # pyright: ignore[reportMissingImports]
+        Backend,
+        BackendPolicy,
+        safe_open,
+    )
 
     files = [str(file) for file in shard_paths(path)]
-    how = {"device": device.index or 0, "copy": False, "backend": BackendPolicy.BUFFERED}
-    with safe_open(files, framework="pt", chunk_size=8 << 20, io_depth=32, **how) as shards:
+    how: dict[str, Any] = {"backend": BackendPolicy.BUFFERED, "chunk_size": 8 << 20, "io_depth": 32}
+    if state == "cold":
+        how = {"backend": [Backend.URING, Backend.AIO]}
+    elif files[0].startswith("/dev/shm/"):
+        how["backend"] = Backend.MMAP
+    with safe_open(files, framework="pt", device=device.index or 0, copy=False, **how) as shards:
         for name, tensor in shards.tensors():
             targets[name].copy_(tensor)
 
 
-def _runai_streamer(path: Path, targets: Targets, device: torch.device) -> None:
+def _runai_streamer(path: Path, targets: Targets, device: torch.device, state: str) -> None:
     os.environ.setdefault("RUNAI_STREAMER_CONCURRENCY", "16")
     from runai_model_streamer import SafetensorsStreamer  # pyright: ignore[reportMissingImports]
 
@@ -81,9 +107,12 @@ def _runai_streamer(path: Path, targets: Targets, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Loader:
-    """A way to load, and what it takes: a package, and a CUDA device or not."""
+    """A way to load, and what it takes: a package, and a CUDA device or not.
 
-    run: Callable[[Path, Targets, torch.device], None]
+    ``run`` gets the checkpoint, the tensors to fill, their device, and ``warm`` or ``cold``.
+    """
+
+    run: Callable[[Path, Targets, torch.device, str], None]
     package: str = ""
     needs_cuda: bool = False
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from weightlift.loading.batch import batch_copy
-from weightlift.loading.files import Buffer, memory_of
+from weightlift.loading.files import Buffer, memory_at, memory_of
 from weightlift.loading.plan import Window
 from weightlift.loading.residency import PAGE
 from weightlift.loading.settings import MIB
@@ -44,10 +44,6 @@ class HostPlacer:
 
     def place(self, window: Window) -> None:
         """Read the window and fill its pieces; done on return."""
-        if window.span > HOST_WINDOW_BYTES:
-            for part in window.parts(HOST_WINDOW_BYTES):
-                self.place(part)
-            return
         staged = window.file.staged_view(window.start, window.stop)
         if staged is not None:
             for piece in window.pieces:
@@ -78,7 +74,7 @@ def _scatter(position: int, runs: list[Run]) -> list[Buffer]:
     for run in runs:
         if run.offset > position:
             buffers.append(memoryview(bytearray(run.offset - position)))
-        buffers.append(memory_of(run.target))
+        buffers.append(memory_at(run.address, run.nbytes))
         position = run.stop
     return buffers
 
@@ -120,10 +116,6 @@ class CudaPlacer:
 
     def place(self, window: Window) -> None:
         """Read the window and start its way to the device."""
-        if window.span > CUDA_WINDOW_BYTES:
-            for part in window.parts(CUDA_WINDOW_BYTES):
-                self.place(part)
-            return
         (half, memory), busy = self._halves.pop(0), self._busy.pop(0)
         if not busy.query():
             busy.synchronize()
@@ -175,7 +167,7 @@ class CudaPlacer:
         base = data.data_ptr() - window.start
         runs = [piece for piece in window.pieces if isinstance(piece, Run)]
         are_sent = bool(runs) and batch_copy()(
-            [run.memory.data_ptr() + run.place for run in runs],
+            [run.address for run in runs],
             [base + run.offset for run in runs],
             [run.stop - run.offset for run in runs],
             self._stream,

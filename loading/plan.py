@@ -41,12 +41,6 @@ class Window:
         """Bytes that the window covers."""
         return self.stop - self.start
 
-    def parts(self, most: int) -> Iterator[Window]:
-        """This window, of one run alone, as windows of at most ``most`` bytes."""
-        (run,) = self.pieces
-        for piece in run.split(most):
-            yield Window(self.file, piece.offset, piece.stop, [piece], self.ready)
-
     def takes(self, file: ShardFile, piece: Run | Transfer, most: int) -> bool:
         """Whether this piece may join without reading backwards, far ahead or too much."""
         return (

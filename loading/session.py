@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -148,16 +148,6 @@ class LoadSession:
                     if wanted is None or name in wanted:
                         progress.update()
                         yield name, self._lazy(shard.tensors[name], shard.file)
-
-    def fill(self, checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
-        """Fill these tensors from those of their names, which have their shapes; all in place."""
-        for shard in checkpoint.shards:
-            for name, entry in shard.tensors.items():
-                target = targets.get(name)
-                if target is not None and not self._copies.fill(target, entry, shard.file):
-                    target.copy_(self._lazy(entry, shard.file))
-        self.report.tensors = len(targets)
-        self.flush()
 
     def _lazy(self, entry: TensorEntry, file: ShardFile) -> LazyTensor:
         """A tensor of the checkpoint, lazily."""

@@ -9,6 +9,7 @@ import torch
 
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.errors import CheckpointError
+from weightlift.loading.fill import fill
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
@@ -39,7 +40,7 @@ def load_into(
     with LoadSession(settings, report) as session, torch.no_grad():
         checkpoint = session.hold(Checkpoint.from_path(path))
         _check(checkpoint, targets, os.fspath(path))
-        session.fill(checkpoint, targets)
+        fill(session, checkpoint, targets)
     report.finish(settings.report)
     return report
 

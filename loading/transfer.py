@@ -18,7 +18,7 @@ from weightlift.loading.files import ShardFile
 class Run:
     """Bytes ``offset`` to ``stop`` of a file that go to ``memory`` from byte ``place`` on.
 
-    ``memory`` is flat uint8, on any device.
+    ``memory`` is contiguous, on any device.
     """
 
     offset: int
@@ -34,7 +34,13 @@ class Run:
     @property
     def target(self) -> torch.Tensor:
         """The memory to fill: flat uint8."""
-        return self.memory[self.place : self.place + self.stop - self.offset]
+        memory = self.memory.view(-1).view(torch.uint8)
+        return memory[self.place : self.place + self.stop - self.offset]
+
+    @property
+    def address(self) -> int:
+        """Where the memory to fill is."""
+        return self.memory.data_ptr() + self.place
 
     def cut(self, position: int) -> tuple[Run, Run]:
         """The work before this byte of the file, and that from it on; both are some."""

@@ -140,6 +140,9 @@ def bench(
     loader: Annotated[
         list[str] | None, typer.Option(help="Only these loaders; may be given again.")
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the tensors to fill, such as bfloat16. Default: as stored.")
+    ] = "",
     as_json: AsJson = False,
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG.")] = None,
 ) -> None:
@@ -164,10 +167,13 @@ def bench(
     unknown = sorted(set(loader or ()) - set(known))
     if unknown:
         raise _fail(f"no loader {', '.join(unknown)} on {where} here; there are {', '.join(known)}")
+    target_dtype = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(target_dtype, torch.dtype):
+        raise _fail(f"torch has no dtype {dtype!r}")
     states = ["warm"] * warm + ["cold"] * cold
     if not states:
         raise _fail("--no-warm and --no-cold leave nothing to time")
-    timings = _timed(checkpoint, where, loader or known, states, calls)
+    timings = _timed(checkpoint, where, loader or known, states, calls, target_dtype)
     if as_json:
         facts = [{**dataclasses.asdict(item), "median_s": item.median_s} for item in timings]
         out.print_json(json.dumps(facts))
@@ -185,19 +191,17 @@ def bench(
 
 
 def _timed(
-    checkpoint: Path, where: Any, loaders: list[str], states: list[str], calls: int
+    checkpoint: Path, where: Any, loaders: list[str], states: list[str], *how: Any
 ) -> list[Any]:
     """Time these loaders, with a progress bar."""
     from weightlift.loading.benchmark import compare
 
-    columns = (
-        TextColumn("{task.description}"),
-        *(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
-    )
+    text, bar = TextColumn("{task.description}"), BarColumn()
+    columns = (text, bar, MofNCompleteColumn(), TimeElapsedColumn())
     timings = []
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("Timing loaders", total=len(states) * len(loaders))
-        for timing in compare(checkpoint, where, loaders, states, calls):
+        for timing in compare(checkpoint, where, loaders, states, *how):
             timings.append(timing)
             progress.advance(task)
     return timings

@@ -1,6 +1,12 @@
 """Random checkpoints of real shapes, in bfloat16 and shards of up to 4 GB.
 
-make_checkpoint.py FOLDER [qwen3-8b|qwen3-30b-a3b] [SEED]    16.4 GB with 399 tensors, 61 GB with 18,867
+make_checkpoint.py FOLDER [KIND] [SEED]
+
+    qwen3-8b        16.4 GB, 399 tensors
+    qwen3-30b-a3b   61 GB, 18,867 tensors
+    single-file     7.1 GB: 12 layers of qwen3-8b in one file
+    float32         9.6 GB: 6 layers of qwen3-8b, stored as float32
+    small-tensors   1.3 GB: 20,000 tensors of 64 KiB
 """
 
 from __future__ import annotations
@@ -60,6 +66,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+SHAPES["single-file"] = {**SHAPES["qwen3-8b"], "num_hidden_layers": 12}
+SHAPES["float32"] = {**SHAPES["qwen3-8b"], "num_hidden_layers": 6, "torch_dtype": "float32"}
+SMALL = [(f"tensor.{number}", (32, 1024)) for number in range(20_000)]
+
+
 def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes, in the order of the layers."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -95,10 +106,13 @@ def main(folder: Path, kind: str = "qwen3-8b", seed: str = "0") -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(int(seed))
     started = time.perf_counter()
-    config = {**COMMON, **SHAPES[kind]}
+    config = {**COMMON, **SHAPES.get(kind, {})}
+    dtype = getattr(torch, config["torch_dtype"])
+    shard_bytes = 1 << 40 if kind == "single-file" else SHARD_BYTES
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
     writing: list[Future[None]] = []
+    size = 0
 
     def write(pool: ThreadPoolExecutor) -> None:
         file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
@@ -109,9 +123,11 @@ def main(folder: Path, kind: str = "qwen3-8b", seed: str = "0") -> None:
             time.sleep(0.05)
 
     with ThreadPoolExecutor(WRITERS) as pool:
-        for name, shape in shapes(config):
-            shard[name] = (torch.randn(shape, device=device) * 0.02).bfloat16().cpu()
-            if sum(tensor.nbytes for tensor in shard.values()) > SHARD_BYTES:
+        for name, shape in SMALL if kind == "small-tensors" else shapes(config):
+            shard[name] = (torch.randn(shape, device=device) * 0.02).to(dtype).cpu()
+            size += shard[name].nbytes
+            if size > shard_bytes:
+                size = 0
                 write(pool)
         write(pool)
     for job in writing:
