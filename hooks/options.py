@@ -74,7 +74,7 @@ OPTIONS: tuple[Option, ...] = (
         name="num_load_threads",
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
-        help="Reader threads of each process that loads. Default: one a usable core, from 2 to 12.",
+        help="Reader threads of each process that loads. Default: one a core of its share, from 2 to 12.",
         flags={"sglang": ("--num-load-threads",)},
         metavar="N",
     ),
@@ -116,7 +116,7 @@ OPTIONS: tuple[Option, ...] = (
         parse=_mode,
         env="WEIGHTLIFT_EXCHANGE",
         help="Have the ranks of one host each read a part of the checkpoint and pass it on over "
-        "NVLink: on, off, or auto for GPUs where that reads less. Default: auto.",
+        "NVLink: on, off, or auto for GPUs where that reads less. Default: off, for it is new.",
         flags={"sglang": ("--weight-exchange",)},
         metavar="MODE",
     ),

@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from weightlift.loading.budget import reader_threads, staging_limit
 from weightlift.loading.placement import Placer, make_placer, staging_bytes
 from weightlift.loading.plan import Window
 from weightlift.loading.settings import MIB, Settings
@@ -22,8 +23,12 @@ WINDOWS_AHEAD: Final = 4096
 
 
 def affordable_threads(device: torch.device, settings: Settings) -> int:
-    """Readers for this device, within the staging memory."""
-    return max(1, min(settings.threads(), settings.staging_mib * MIB // staging_bytes(device)))
+    """Readers for this device, within the staging memory and what the host allows."""
+    memory = settings.staging_mib * MIB
+    if "staging_mib" not in settings.asked:
+        memory = min(memory, staging_limit() or memory)
+    threads = settings.num_load_threads or reader_threads()
+    return max(1, min(threads, memory // staging_bytes(device)))
 
 
 def warm_up(device: torch.device, settings: Settings) -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 MIB = 1 << 20
-
-# On one H200 with 16 cores more than 12 readers brought nothing, warm; see `placement`.
-MOST_THREADS = 12
 
 
 @dataclass(frozen=True)
@@ -19,7 +14,7 @@ class Settings:
     Attributes:
         multithread_load: Whether loads go through weightlift at all.
         fast_load: Whether plans are derived from one layer of each kind.
-        num_load_threads: Reader threads of this process; 0 chooses by the cores it may use.
+        num_load_threads: Reader threads of this process; 0 chooses by its share of the cores.
         staging_mib: Most host memory, in MiB, for bytes in flight to one device: the pinned ring
             on CUDA (strided sources take half as much again to be packed), scratch elsewhere.
         stage_gib: Host memory of each rank for the next checkpoint, in GiB; 0 for no staging.
@@ -40,21 +35,7 @@ class Settings:
     stage_gib: int = 0
     stage_watch: str = ""
     direct_io: str = "auto"
-    exchange: str = "auto"
+    exchange: str = "off"
     report: str = ""
     untested_versions: bool = False
     asked: frozenset[str] = field(default=frozenset())
-
-    def threads(self) -> int:
-        """Reader threads to start, at least one."""
-        return self.num_load_threads or min(MOST_THREADS, max(2, usable_cores()))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity mask, lowered by its cgroup's CPU quota."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):  # no cgroup v2 here: the mask is all there is to know
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

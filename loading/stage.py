@@ -149,11 +149,13 @@ class Stage:
         last = first + view.numel() - 1
         return last >= self._registered or first // REGISTERED_BYTES != last // REGISTERED_BYTES
 
-    def close(self) -> None:
-        """Free the memory."""
+    def close(self) -> int:
+        """Free the memory, and forget what is staged; returns its bytes."""
         with self._no_update, self._lock:
             self._shards.clear()
+            freed = len(self._memory)
             self._free()
+            return freed
 
     def _read(self, shard: Shard, ranges: list[Range], room: torch.Tensor, threads: int) -> bool:
         """Read ranges one after the other into ``room``; False if an update came."""

@@ -27,7 +27,6 @@ class PinnedRing:
 
     def __init__(self) -> None:
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-        self._slots: list[torch.Tensor] = []
         self._counting = threading.Lock()
         self._reserved = 0
         self._pinned = 0
@@ -67,6 +66,18 @@ class PinnedRing:
         """Give a slot back, once the device is done with it."""
         self._free.put(slot)
 
+    def release(self) -> int:
+        """Free the slots that are not out; returns their bytes. They are pinned anew when needed."""
+        freed = 0
+        with contextlib.suppress(queue.Empty):
+            while True:
+                slot = self._free.get_nowait()
+                freed += slot.numel()
+                unregister(slot)
+                with self._counting:
+                    self._pinned -= 1
+        return freed
+
     def _pin(self, nbytes: int) -> torch.Tensor:
         """A new slot, already counted. No lock is held: threads touch their pages at once."""
         try:
@@ -75,7 +86,6 @@ class PinnedRing:
             with self._counting:
                 self._pinned -= 1
             raise
-        self._slots.append(slot)
         return slot
 
 
@@ -113,14 +123,20 @@ def register(memory: torch.Tensor) -> bool:
             "Check the locked-memory limit (ulimit -l) and free host memory.",
             *(nbytes, error),
         )
-        with contextlib.suppress(RuntimeError):  # the next kernel would be blamed for it
-            torch.zeros(1, device="cuda")
+        _forget_error()
     return not int(error)
 
 
 def unregister(memory: torch.Tensor) -> None:
-    """Undo :func:`register`, by the first byte."""
-    _cudart().cudaHostUnregister(memory.data_ptr())
+    """Undo :func:`register`, by the first byte; nothing happens to what is not page-locked."""
+    if int(_cudart().cudaHostUnregister(memory.data_ptr())):
+        _forget_error()
+
+
+def _forget_error() -> None:
+    """Or the next kernel would be blamed for it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 _ring: PinnedRing | None = None

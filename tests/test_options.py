@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from weightlift.hooks.options import OPTIONS, OptionError, settings
-from weightlift.loading.settings import Settings, usable_cores
+from weightlift.loading.settings import Settings
 
 
 def test_every_option_is_a_setting_and_every_setting_an_option() -> None:
@@ -23,7 +23,7 @@ def test_every_option_explains_itself(option: object) -> None:
 
 def test_defaults_hold_where_nothing_is_said() -> None:
     assert settings({}) == Settings()
-    assert settings({}).multithread_load and settings({}).threads() >= 1
+    assert settings({}).multithread_load
 
 
 def test_environment_beats_yaml(tmp_path: Path) -> None:
@@ -82,7 +82,3 @@ def test_an_empty_yaml_file_says_nothing(tmp_path: Path) -> None:
     file = tmp_path / "weightlift.yaml"
     file.write_text("")
     assert settings({"WEIGHTLIFT_CONFIG": str(file)}) == Settings()
-
-
-def test_there_is_at_least_one_core() -> None:
-    assert usable_cores() >= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from engines import environment
 from engines.cases import PLANNED, Case, expert_parallel_flags, run_cases
 from engines.checkpoints import make_checkpoint
 
@@ -13,18 +14,21 @@ pytestmark = pytest.mark.engine
 SHARED = ("--weight-exchange", "on")
 
 
-@pytest.mark.parametrize("version", ["0.4.9.post2", "0.5.9", "0.5.23"])
+@pytest.mark.parametrize("version", environment.releases("0.4.9.post2", "0.5.23", more=["0.5.9"]))
 def test_what_is_shared_is_what_the_engine_loads(version: str, tmp_path: Path) -> None:
-    cases = []
-    for kind in ("qwen3", "qwen3moe", "llama"):
-        first = make_checkpoint(tmp_path / f"{kind}-0", kind, 0, layers=4, shards=2)
-        second = make_checkpoint(tmp_path / f"{kind}-1", kind, 1, layers=4, shards=2)
-        cases.append(Case(kind, first, (second, first), tp=2, flags=SHARED))
-        fast = (*SHARED, "--enable-fast-load")
-        cases.append(Case(f"{kind} fast", first, (second, first), tp=2, flags=fast))
-        if kind == "qwen3moe":
-            apart = expert_parallel_flags(version)
-            cases.append(Case("apart", first, (second,), tp=2, flags=SHARED, args=apart))
+    fast, apart = (*SHARED, "--enable-fast-load"), expert_parallel_flags(version)
+    pairs = {
+        kind: [
+            make_checkpoint(tmp_path / f"{kind}-{seed}", kind, seed, layers=4) for seed in (0, 1)
+        ]
+        for kind in ("qwen3", "qwen3moe")
+    }
+    dense, (first, second) = pairs["qwen3"], pairs["qwen3moe"]
+    cases = [
+        Case("dense", dense[0], (dense[1], dense[0], dense[1]), tp=2, flags=SHARED),
+        Case("experts", first, (second, first, second), tp=2, flags=fast),
+        Case("experts apart", first, (second,), tp=2, flags=SHARED, args=apart),
+    ]
     for name, outcome in run_cases(version, cases).items():
         assert outcome.verdict == "same", (name, outcome.told, outcome.reports)
         notes = outcome.each("exchange_note")
@@ -32,7 +36,7 @@ def test_what_is_shared_is_what_the_engine_loads(version: str, tmp_path: Path) -
         assert all(count > 0 for count in outcome.each("exchanged")), name
 
 
-@pytest.mark.parametrize("version", ["0.4.9.post2", "0.5.23"])
+@pytest.mark.parametrize("version", environment.releases("0.5.23", more=["0.4.9.post2"]))
 def test_a_fault_on_one_rank_brings_the_old_weights_back_on_both(
     version: str, tmp_path: Path
 ) -> None:

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from engines import environment
 from engines.cases import STOCK, Case, expert_parallel_flags, run_cases
 from engines.checkpoints import CONFIGS, MORE_CONFIGS, make_checkpoint
 
 pytestmark = pytest.mark.engine
 
-GENERATIONS = ("0.4.9.post2", "0.5.9", "0.5.23")
+GENERATIONS = environment.releases("0.5.9", "0.5.23", more=["0.4.9.post2"])
 FAST = ("--enable-fast-load",)
 WITH_EXPERTS = ("qwen3moe", "deepseek", "glm4moe")
 LAYERS = 6

@@ -17,8 +17,12 @@ from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.engine
 
-DEEP = ("0.4.9.post2", "0.5.9", "0.5.23")
-ENDS = (DEEP[0], DEEP[-1])
+ENDS = environment.releases("0.4.9.post2", "0.5.23")
+DEEP = environment.releases(*ENDS, more=["0.5.9"])
+EVERY = environment.releases(
+    *environment.SGLANG_VERSIONS[::2], *ENDS, more=environment.SGLANG_VERSIONS
+)
+"""Every other one every day; ``scripts/matrix`` has them all."""
 MLA_NEEDS = "MLA optimization not supported on CPU"
 """Releases up to 0.5.2 load DeepSeek on a CPU with AMX alone."""
 
@@ -35,7 +39,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     }
 
 
-@pytest.mark.parametrize("version", environment.SGLANG_VERSIONS)
+@pytest.mark.parametrize("version", EVERY)
 def test_every_release_loads_a_mixture_of_experts(
     version: str, checkpoints: dict[str, tuple[Path, Path]]
 ) -> None:

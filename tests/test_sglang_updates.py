@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import environment
 from engines.cases import PLANNED, STOCK, Case, run_cases
 from engines.checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.engine
 
-GENERATIONS = ("0.4.9.post2", "0.5.2", "0.5.5.post3", "0.5.9", "0.5.13.post1", "0.5.17", "0.5.23")
-ENDS = (GENERATIONS[0], GENERATIONS[-1])
+ENDS = environment.releases("0.4.9.post2", "0.5.23")
+GENERATIONS = environment.releases(
+    *ENDS, "0.5.13.post1", more=["0.5.2", "0.5.5.post3", "0.5.9", "0.5.17"]
+)
 UPDATES = {version: 20 if version in ENDS else 4 for version in GENERATIONS}
 """``scripts/updates`` takes the real server through twenty in every generation."""
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,6 +34,12 @@ SGLANG_VERSIONS = tuple(
 )
 NEEDS_VLLM = re.compile(r"0\.4\.|0\.5\.[2-7](\.|$)")
 """Releases whose CPU path imports activation and norm layers from vLLM."""
+
+
+def releases(*everyday: str, more: Iterable[str] = ()) -> list[str]:
+    """Those that a test runs on: some every day, and others where WEIGHTLIFT_TEST_MORE is set."""
+    wanted = {*everyday, *(more if os.environ.get("WEIGHTLIFT_TEST_MORE") else ())}
+    return [version for version in SGLANG_VERSIONS if version in wanted]
 
 
 def say(text: str) -> None:

@@ -1,0 +1,63 @@
+"""What this process may use of its host: cores and memory, shared with the ranks beside it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+CGROUP = Path("/sys/fs/cgroup")
+
+MOST_THREADS = 12
+"""On one H200 with 16 cores more readers brought nothing, warm; see ``placement``."""
+
+MEMORY_SHARE = 16
+"""Staging takes at most this part of the memory that the ranks of a host may use together."""
+
+
+def reader_threads() -> int:
+    """Readers for a process that was told no number: one a core of its share, from 2 to 12."""
+    return min(MOST_THREADS, max(2, usable_cores() // ranks_here()))
+
+
+def staging_limit() -> int | None:
+    """Most bytes that a process should take for staging; None where memory is not limited."""
+    limit = memory_limit()
+    return None if limit is None else limit // MEMORY_SHARE // ranks_here()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity mask, lowered by its cgroup's CPU quota."""
+    cores = len(os.sched_getaffinity(0))
+    words = _read("cpu.max").split() or [
+        _read("cpu/cpu.cfs_quota_us"),
+        _read("cpu/cpu.cfs_period_us"),
+    ]
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        return cores  # 'max', -1, or no cgroup: the mask is all there is to know
+    return max(1, min(cores, int(words[0]) // max(1, int(words[1]))))
+
+
+def memory_limit() -> int | None:
+    """Bytes that the cgroup of this process allows; None without a limit."""
+    text = _read("memory.max") or _read("memory/memory.limit_in_bytes")
+    limit = int(text) if text.isdecimal() else 0
+    return limit if 0 < limit < 1 << 60 else None  # version 1 says "none" by a huge number
+
+
+def ranks_here() -> int:
+    """Ranks of this process's engine that are taken to be on this host."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    ranks = distributed.get_world_size()
+    return min(ranks, torch.cuda.device_count() or ranks)
+
+
+def _read(name: str) -> str:
+    """A file of the cgroup, of version 2 or 1; '' if there is none."""
+    try:
+        return (CGROUP / name).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,83 @@
+"""How much of a host a process takes: its share of cores and memory, and less in a container."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import weightlift
+from weightlift.loading import budget, stage, staging
+from weightlift.loading.placement import staging_bytes
+from weightlift.loading.reader import affordable_threads
+from weightlift.loading.settings import Settings
+
+CUDA = torch.device("cuda")
+GIB = 1 << 30
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A host of 64 cores; its cgroup's folder."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(budget, "CGROUP", tmp_path)
+    return tmp_path
+
+
+def test_a_host_without_limits(host: Path) -> None:
+    assert (budget.usable_cores(), budget.memory_limit()) == (64, None)
+    assert budget.reader_threads() == budget.MOST_THREADS
+    assert affordable_threads(CUDA, Settings()) == budget.MOST_THREADS
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "400000 100000"}, 4),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "800000", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({"cpu.max": "garbage"}, 64),
+    ],
+)
+def test_cores_of_a_container(host: Path, files: dict[str, str], cores: int) -> None:
+    for name, text in files.items():
+        (host / name).parent.mkdir(exist_ok=True)
+        (host / name).write_text(f"{text}\n")
+    assert budget.usable_cores() == cores
+
+
+def test_ranks_share_the_cores(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ranks, threads in ((4, 12), (8, 8), (64, 2)):
+        monkeypatch.setattr(budget, "ranks_here", lambda ranks=ranks: ranks)
+        assert budget.reader_threads() == threads
+        assert affordable_threads(CUDA, Settings(num_load_threads=5)) == 5
+
+
+def test_staging_in_a_small_container(host: Path) -> None:
+    (host / "memory.max").write_text(f"{GIB}\n")
+    few = affordable_threads(CUDA, Settings())
+    assert few * staging_bytes(CUDA) <= GIB // budget.MEMORY_SHARE
+    asked = Settings(staging_mib=256, asked=frozenset({"staging_mib"}))
+    assert affordable_threads(CUDA, asked) == budget.MOST_THREADS
+    (host / "memory.max").write_text("max\n")
+    assert budget.memory_limit() is None
+
+
+def test_release_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpinned = []
+    monkeypatch.setattr(staging, "pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(staging, "unregister", lambda slot: unpinned.append(len(slot)))
+    monkeypatch.setattr(staging, "_ring", staging.PinnedRing())
+    staging.pinned_ring().fill(3, 100)
+    monkeypatch.setattr(stage, "_stage", None)
+    stage.make_stage(1000, pinned=False)
+    assert weightlift.release() == 300
+    assert unpinned == [100] * 3
+    assert weightlift.release() == 0
+    ring = staging.pinned_ring()
+    ring.reserve(1)
+    assert len(ring.take(50)) == 50, "it is pinned anew"
