@@ -76,7 +76,7 @@ class BatchCopy:
         """Copy ``sizes`` bytes from these addresses to those, in the order of ``stream``.
 
         Returns:
-            Whether it could be asked for. If not, nothing was copied, and never will be this way.
+            Whether it could be asked for. If not, all must be copied otherwise, now and later.
         """
         if not self.is_available:
             return False
@@ -107,8 +107,8 @@ class BatchCopy:
             self.is_available = False
             self._runtime.cudaGetLastError()  # or the next kernel would be blamed for it
             logger.info(
-                "weightlift: cudaMemcpyBatchAsync is not to be had here (CUDA error %d); "
-                "small tensors go to the device one by one",
+                "weightlift: copies by the CUDA runtime fail here (error %d); from now on torch "
+                "makes them, one by one",
                 error,
             )
         return not error

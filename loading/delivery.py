@@ -11,13 +11,15 @@ from contextlib import ExitStack
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from weightlift.loading.exchange import Exchange, SharedPlan
+from weightlift.loading.exchange import Exchange
 from weightlift.loading.files import ShardFile
 from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Plan, Window
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
+from weightlift.loading.shared_plan import SharedPlan
+from weightlift.loading.steps import Storages
 from weightlift.loading.transfer import Run, Transfer
 
 
@@ -48,7 +50,7 @@ class Delivery:
         self._exchange = exchange
         self._held: list[tuple[torch.device, Window]] = []
         self._deferred: list[Callable[[], object]] = []
-        self._deferred_storages: set[int] = set()
+        self._deferred_storages: Storages = {}
         self._pools: dict[torch.device, ReaderPool] = {}
         self._plans: dict[torch.device, Plan] = {}
         self._lock = threading.RLock()
@@ -89,31 +91,34 @@ class Delivery:
         return any(plan.touches(tensor) for plan in plans)
 
     def defer(
-        self, work: Callable[[], object], plan: SharedPlan | None, storages: set[int]
+        self, work: Callable[[], object], plan: SharedPlan | None, storages: Storages
     ) -> None:
         """Record the work that this does, unless the ranks can do it by a plan that they shared.
 
         Args:
             work: Records it.
             plan: How the ranks shared the same work before, if they did.
-            storages: Addresses of the storages that it writes to.
+            storages: What it writes to.
         """
         if self._exchange is None or plan is None:
             work()
             return
-        self._exchange.plan = plan
+        self._exchange.plan, self._exchange.storages = plan, storages
         self._deferred.append(work)
         self._deferred_storages = storages
 
     def read_alone(self, reason: str) -> None:
         """Share nothing with other ranks in this load, and hand on what was gathered for it."""
         with self._lock:
-            if self._exchange is not None:
-                self._exchange.decline(reason)
-                self._do_deferred()
-                self._exchange = None
-            if not self.is_gated:
-                self._release()
+            if self._exchange is None:
+                return
+            if self.is_gated:  # the ranks vote first, and ask each other then
+                self._exchange.refuse(reason)
+                return
+            self._exchange.decline(reason)
+            self._do_deferred()
+            self._exchange = None
+            self._release()
 
     def read_while_planning(self) -> None:
         """Planning takes longer than reading: share nothing, unless reading has to wait anyway."""
@@ -151,7 +156,7 @@ class Delivery:
         alone = exchange.share(self._pool(exchange.device), lambda: self._work(exchange.device))
         self._exchange = None
         self._deferred.clear()
-        self._deferred_storages = set()
+        self._deferred_storages = {}
         self._held += [(exchange.device, window) for window in alone]
         self._release()
         self._pools[exchange.device].drain()
@@ -166,7 +171,7 @@ class Delivery:
         return work
 
     def _do_deferred(self) -> None:
-        deferred, self._deferred, self._deferred_storages = self._deferred, [], set()
+        deferred, self._deferred, self._deferred_storages = self._deferred, [], {}
         for work in deferred:
             work()
 

@@ -13,12 +13,12 @@ import hashlib
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading import shared_plan
+from weightlift.loading.checkpoint import Checkpoint, Shard
 from weightlift.loading.files import ShardFile
 from weightlift.loading.group import Group
 from weightlift.loading.pipeline import Pipeline
@@ -26,37 +26,17 @@ from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Window, gathered
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.report import LoadReport, human
-from weightlift.loading.rounds import ALIGNMENT, WORTH, Round, assign, cut
-from weightlift.loading.settings import MIB
-from weightlift.loading.steps import Step, steps
-from weightlift.loading.transfer import Run, Transfer
+from weightlift.loading.rounds import ALIGNMENT
+from weightlift.loading.shared_plan import SharedPlan, plan_together
+from weightlift.loading.steps import Storages
+
+_NO_ROOM = "its device has no room"
+_NO_HOST = "it cannot tell this host from others"
 
 logger = logging.getLogger("weightlift")
 
-ROUND_BYTES = 256 * MIB
-"""Each costs half a millisecond of Python, with a dozen readers about."""
-
 SLOTS = 3
 """Rounds under way at once: one is read, one is gathered and placed, and one is ahead."""
-
-
-@dataclass(frozen=True)
-class SharedPlan:
-    """What ranks share of a load, and what this one does in it; good for as long as its plan is.
-
-    Attributes:
-        rounds: What is read together, in order; the same on all ranks.
-        steps: What this rank takes from each.
-        alone: Work of this rank on other bytes, by number of the shard.
-        read_alone: Bytes that the ranks would read without sharing.
-        digest: Differs if the rounds do.
-    """
-
-    rounds: list[Round]
-    steps: list[list[Step]]
-    alone: dict[int, list[Run | Transfer]]
-    read_alone: int
-    digest: str
 
 
 class Exchange:
@@ -72,7 +52,9 @@ class Exchange:
         is_forced: Share also where it saves nothing.
 
     Attributes:
-        plan: What was shared; or, before :meth:`share`, what may be shared again.
+        plan: What was shared, if a load like this one can follow it; before :meth:`share`, what may
+            be followed.
+        storages: Where the steps of such a plan go; see :class:`Step`.
     """
 
     def __init__(
@@ -82,15 +64,19 @@ class Exchange:
         self.is_forced = is_forced
         self.device = device
         self.plan: SharedPlan | None = None
+        self.storages: Storages = {}
+        self._refusal = ""
         self._group = group
         self._report = report
-        self._files: list[ShardFile] = []
-        self._checkpoints: list[Checkpoint] = []
+        self._shards: list[Shard] = []
 
     def add(self, checkpoint: Checkpoint) -> None:
         """This checkpoint takes part in the load."""
-        self._checkpoints.append(checkpoint)
-        self._files += [shard.file for shard in checkpoint.shards]
+        self._shards += checkpoint.shards
+
+    def refuse(self, reason: str) -> None:
+        """Take no part, and say so when the ranks ask each other: in :meth:`share`."""
+        self._refusal = self._refusal or reason
 
     def decline(self, reason: str) -> None:
         """Take no part in this load; the other ranks hear of it and read for themselves."""
@@ -131,61 +117,48 @@ class Exchange:
             return self._share(pool, work)
 
     def _share(self, pool: ReaderPool, work: Callable[[], list[Window]]) -> list[Window]:
-        before, self.plan, ring = self.plan, None, self._ring()
+        before, self.plan = self.plan, None
+        if before is not None and not before.fits([shard.tensors for shard in self._shards]):
+            before = None
+        ring = self._ring()
         offers = self._group.gather(self._offer(before, ring))
         self._report.exchange_note = _refusal(offers)
         if ring is None or self._report.exchange_note:
             return work()
-        plan = before if before and len(set(offers)) == 1 else self._planned(work())
+        if before and len(set(offers)) == 1:
+            plan = before
+        else:
+            plan = plan_together(
+                self._group, self._shards, work(), self.storages, is_forced=self.is_forced
+            )
         if plan.rounds:
-            self.plan = plan
             self._explain(plan)
-            Pipeline(self._group, pool, ring, self._files).run(plan.rounds, plan.steps)
+            files = [shard.file for shard in self._shards]
+            Pipeline(self._group, pool, ring, files).run(plan.rounds, plan.steps, self.storages)
         else:
             self._report.exchange_note = "each rank reads other bytes"
-        most = window_bytes(self.device)
-        return [
-            window
-            for shard, pieces in plan.alone.items()
-            for window in gathered(self._files[shard], pieces, most)
-        ]
+        self.plan = plan
+        return self._rest(plan)
+
+    def _rest(self, plan: SharedPlan) -> list[Window]:
+        """The work that is not shared."""
+        found: list[Window] = []
+        for number, work in plan.alone.items():
+            file = self._shards[number].file
+            pieces = [step.piece(file, self.storages) for step in work]
+            found += gathered(file, pieces, window_bytes(self.device))
+        return found
 
     def _offer(self, before: SharedPlan | None, ring: torch.Tensor | None) -> str:
-        if ring is None:
-            return "no: its device has no room"
-        files = _digest(self._files)
-        if not files:
-            return "no: it cannot tell this host from others"
+        files = _digest([shard.file for shard in self._shards])
+        if self._refusal or ring is None or not files:
+            return f"no: {self._refusal or (_NO_ROOM if ring is None else _NO_HOST)}"
         return f"yes: {files} {before.digest if before else 'anew'}"
-
-    def _planned(self, windows: list[Window]) -> SharedPlan:
-        """Cut the checkpoint into rounds, and see which are worth sharing; with all ranks."""
-        shards = [shard for checkpoint in self._checkpoints for shard in checkpoint.shards]
-        rounds = cut(shards, ROUND_BYTES)
-        alone: dict[int, list[Run | Transfer]] = {}
-        for number, file in enumerate(self._files):
-            mine = [shared for shared in rounds if shared.shard == number]
-            pieces = [piece for window in windows if window.file is file for piece in window.pieces]
-            alone[number] = assign(mine, pieces)
-        read = torch.tensor([shared.read_alone for shared in rounds], dtype=torch.int64)
-        total = self._group.add_up(read).tolist()
-        chosen = []
-        for shared, nbytes in zip(rounds, total, strict=True):
-            if nbytes and (self.is_forced or shared.span <= WORTH * nbytes):
-                chosen.append(shared)
-            else:
-                alone[shared.shard] += shared.pieces
-        plans = [steps(shared.pieces, shared.start) for shared in chosen]
-        for shared in chosen:
-            shared.pieces = []
-        told = repr([(shared.shard, shared.start, shared.stop) for shared in chosen])
-        digest = hashlib.sha256(told.encode()).hexdigest()
-        return SharedPlan(chosen, plans, alone, sum(total), digest)
 
     def _ring(self) -> torch.Tensor | None:
         """Scratch on the device for some rounds; None if there is no room."""
         size = self._group.size
-        row = size * -(-ROUND_BYTES // (size * ALIGNMENT)) * ALIGNMENT
+        row = size * -(-shared_plan.ROUND_BYTES // (size * ALIGNMENT)) * ALIGNMENT
         try:
             return torch.empty(SLOTS, row, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError:

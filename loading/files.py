@@ -161,7 +161,9 @@ class ShardFile:
         if self.direct_io == "on":
             return True
         assert self._page_cache is not None
-        return self._page_cache.is_cold(start, stop)
+        with contextlib.suppress(OSError):  # the file was cut short; the read will say so
+            return self._page_cache.is_cold(start, stop)
+        return False
 
     def _direct_descriptor(self) -> int:
         """The file opened a second time, past the page cache; -1 if it does not allow that."""

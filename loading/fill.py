@@ -9,6 +9,7 @@ import torch
 
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.copies import is_plain
+from weightlift.loading.parameters import span
 from weightlift.loading.session import LoadSession
 from weightlift.loading.transfer import Run, Transfer, row_major
 
@@ -54,10 +55,12 @@ def fill(session: LoadSession, checkpoint: Checkpoint, targets: Mapping[str, tor
 
 
 def _are_apart(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether no two tensors share memory; their spans are looked at."""
-    spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-        for tensor in tensors
-        if tensor.is_contiguous()
-    )
+    """Whether no two tensors share memory, going by their first and last elements."""
+    spans = sorted((tensor.data_ptr(), _end(tensor)) for tensor in tensors if tensor.numel())
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
+def _end(tensor: torch.Tensor) -> int:
+    if tensor.layout is not torch.strided:
+        return tensor.data_ptr()
+    return tensor.data_ptr() + span(tensor)

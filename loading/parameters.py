@@ -61,9 +61,9 @@ class Parameters:
             self._memory[name] = found
         return found
 
-    def storages(self) -> set[int]:
-        """Addresses of the storages that they are in."""
-        return {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
+    def storages(self) -> dict[int, torch.Tensor]:
+        """A tensor of each storage that they are in, by its address."""
+        return {tensor.untyped_storage().data_ptr(): tensor for tensor in self.tensors.values()}
 
     def are_alike(self, name: str, other: str) -> bool:
         """Whether what fits one of two fits the other."""

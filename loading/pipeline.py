@@ -15,10 +15,8 @@ from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.rounds import Round
-from weightlift.loading.steps import Step
+from weightlift.loading.steps import Step, Storages
 from weightlift.loading.transfer import Run
-
-_Copies = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 class Pipeline:
@@ -41,37 +39,51 @@ class Pipeline:
         self._arrivals: list[queue.SimpleQueue[torch.Event | None]]
         self._arrivals = [queue.SimpleQueue() for _ in ring]
         self._failure: Exception | None = None
+        self._copies: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         is_cuda = ring.device.type == "cuda"
         self._stream = torch.cuda.Stream(ring.device) if is_cuda else None
 
-    def run(self, rounds: Sequence[Round], steps: Sequence[Sequence[Step]]) -> None:
-        """Go through these rounds, with what this rank takes from each.
+    def run(
+        self, rounds: Sequence[Round], steps: Sequence[Sequence[Step]], storages: Storages
+    ) -> None:
+        """Go through these rounds.
+
+        Args:
+            rounds: The same on all ranks.
+            steps: What this rank takes from each.
+            storages: Where it goes.
 
         Raises:
             CheckpointError: A rank could not read its part.
             PlanAborted: A rank had to stop for some other reason.
         """
+        self._make_copies(rounds, steps, storages)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._ring.device))
-        copies = [self._copies(*item) for item in enumerate(zip(rounds, steps, strict=True))]
-        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            ahead = len(self._ring)
-            counts = [self._read(number, shared) for number, shared in enumerate(rounds[:ahead])]
-            for number, shared in enumerate(rounds):
-                for _ in range(counts[number]):
-                    self._await_arrival(number)
-                self._group.all_gather(self._row(number, shared))
-                self._place(copies[number])
-                if number + ahead < len(rounds):
-                    counts.append(self._read(number + ahead, rounds[number + ahead]))
+        try:
+            with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+                self._go_through(rounds)
+        finally:
+            self._pool.wait()  # readers write to the ring, which is about to go
             if self._stream is not None:
-                self._stream.synchronize()
+                torch.cuda.synchronize(self._ring.device)
         self._agree_on_the_end()
+
+    def _go_through(self, rounds: Sequence[Round]) -> None:
+        ahead = len(self._ring)
+        counts = [self._read(number, shared) for number, shared in enumerate(rounds[:ahead])]
+        for number, shared in enumerate(rounds):
+            for _ in range(counts[number]):
+                self._await_arrival(number)
+            self._group.all_gather(self._row(number, shared))
+            self._place(number)
+            if number + ahead < len(rounds):
+                counts.append(self._read(number + ahead, rounds[number + ahead]))
 
     def _row(self, number: int, shared: Round) -> torch.Tensor:
         """The scratch of a round: equal parts of all ranks."""
-        start, stop = shared.part(0, self._group.size)
-        return self._ring[number % len(self._ring), : (stop - start) * self._group.size]
+        size = self._group.size
+        return self._ring[number % len(self._ring), : shared.length(size) * size]
 
     def _read(self, number: int, shared: Round) -> int:
         """Have this rank's part of a round read into its row; returns how many arrivals follow.
@@ -94,18 +106,31 @@ class Pipeline:
         if event is not None and self._stream is not None:
             self._stream.wait_event(event)
 
-    def _copies(self, number: int, work: tuple[Round, Sequence[Step]]) -> _Copies:
-        """What a round's row fills. Made before readers compete for the interpreter."""
-        row = self._row(number, work[0])
-        return [step.target for step in work[1]], [step.source(row) for step in work[1]]
+    def _make_copies(
+        self, rounds: Sequence[Round], steps: Sequence[Sequence[Step]], storages: Storages
+    ) -> None:
+        """Make the views that are copied, before readers compete for the interpreter."""
+        try:
+            for number, (shared, work) in enumerate(zip(rounds, steps, strict=True)):
+                row = self._row(number, shared)
+                self._copies.append([(s.parameter(storages), s.elements(row)) for s in work])
+        except Exception as error:  # noqa: BLE001 - told to the others at the end, who wait for it
+            self._failure = error
 
-    def _place(self, copies: _Copies) -> None:
-        """Copy what this rank takes from a row to its parameters, in one call."""
-        if copies[0]:
-            try:
-                torch._foreach_copy_(*copies, non_blocking=True)
-            except Exception as error:  # noqa: BLE001 - told to the others at the end, who wait
-                self._failure = self._failure or error
+    def _place(self, number: int) -> None:
+        """Copy what this rank takes from a round to its parameters."""
+        if self._failure is not None:
+            return
+        try:
+            plain = [pair for pair in self._copies[number] if pair[0].dtype == pair[1].dtype]
+            if plain:  # in one call, which takes one dtype for all if it takes a short cut
+                targets, sources = zip(*plain, strict=True)
+                torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+            for target, source in self._copies[number]:
+                if target.dtype != source.dtype:
+                    target.copy_(source, non_blocking=True)
+        except Exception as error:  # noqa: BLE001 - told to the others at the end, who wait for it
+            self._failure = error
 
     def _agree_on_the_end(self) -> None:
         failure = self._pool.failure or self._failure

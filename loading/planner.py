@@ -150,8 +150,11 @@ class Planner:
         def again() -> object:
             return deliver(session, checkpoint, recording.recipes, self.parameters)
 
-        # What the engine has a part in may come out otherwise.
-        shared = None if recording.for_engine else recording.shared
+        # A plan of the ranks is followed if it was all of the load: nothing that the engine has a
+        # part in, on another device, read at once, or in need of an order.
+        shared = recording.shared
+        if recording.for_engine or (shared is not None and shared.nbytes != recording.nbytes):
+            shared = None
         session.delivery.defer(again, shared, self.parameters.storages())
         session.report.replayed = recording.moves
         session.report.bytes_needed += recording.nbytes

@@ -114,11 +114,15 @@ class ReaderPool:
         Raises:
             CheckpointError: One of them could not be read.
         """
-        while self._under_way:
-            self._await_one()
+        self.wait()
         self._check()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    def wait(self) -> None:
+        """Return once nothing is under way, whatever became of it."""
+        while self._under_way:
+            self._await_one()
 
     def close(self) -> None:
         """Drop what is queued, end the threads and wait for them."""
@@ -142,14 +146,16 @@ class ReaderPool:
         placer: Placer | None = None
         with torch.inference_mode():
             while (window := self._waiting.get()) is not None:
+                issued = None
                 try:
                     if self._failure is None:
                         placer = placer or make_placer(self._device)
                         placer.place(window)
+                        issued = placer.event() if window.issued else None
                 except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the load
                     self._failure = error
                 if window.issued is not None:
-                    window.issued(placer.event() if placer else None)
+                    window.issued(issued)
                 self._placed.put(None)
             if placer is not None:
                 placer.close()

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from weightlift.loading.checkpoint import Checkpoint
-from weightlift.loading.exchange import SharedPlan
 from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.parameters import Geometry, Parameters
+from weightlift.loading.shared_plan import SharedPlan
 from weightlift.loading.transfer import Transfer, extent
 
 

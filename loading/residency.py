@@ -25,6 +25,8 @@ _FAILED = ctypes.c_void_p(-1).value
 class PageCache:
     """Says which pages of an open file are cached, by ``mincore`` on a mapping that is never read.
 
+    Linux tells that to who owns the file or may write to it; to others every page seems cached.
+
     Args:
         descriptor: The file, open for reading.
         size: Its bytes, not 0.

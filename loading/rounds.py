@@ -19,9 +19,6 @@ from weightlift.loading.transfer import Run, Transfer
 ALIGNMENT = 4096
 """Parts of a round are multiples of it."""
 
-WORTH = 0.9
-"""A round is shared if it is at most this part of what the ranks would read of it on their own."""
-
 
 @dataclass(slots=True)
 class Round:
@@ -49,10 +46,14 @@ class Round:
         """Bytes of the file that this rank would read of it by itself."""
         return sum(piece.stop - piece.offset for piece in self.pieces)
 
+    def length(self, size: int) -> int:
+        """Bytes that each of ``size`` ranks has room for; together they may be more than it has."""
+        length = -(-self.span // size)
+        return length + -length % ALIGNMENT
+
     def part(self, rank: int, size: int) -> tuple[int, int]:
         """The bytes of the file that one of ``size`` ranks reads: from, to; perhaps none."""
-        length = -(-self.span // size)
-        length += -length % ALIGNMENT
+        length = self.length(size)
         start = min(self.start + rank * length, self.stop)
         return start, min(start + length, self.stop)
 

@@ -20,11 +20,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from weightlift.loading import exchange as exchange_module
+from weightlift.loading import shared_plan
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.exchange import Exchange
 from weightlift.loading.files import ShardFile
 from weightlift.loading.group import TorchGroup
+from weightlift.loading.parameters import Parameters
+from weightlift.loading.planner import Planner
+from weightlift.loading.recording import Recording
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
@@ -87,7 +90,7 @@ def load(
 def one_rank(rank: int, act: Callable[..., Any], folder: str, shards: list[str]) -> None:
     """The body of a rank's process: writes what ``act`` returns, or its error, to a file."""
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-    exchange_module.ROUND_BYTES = ROUND
+    shared_plan.ROUND_BYTES = ROUND
     group = TorchGroup(rank, RANKS, dist.group.WORLD, dist.group.WORLD)
     try:
         told = dataclasses.asdict(act(shards, rank, group))
@@ -131,6 +134,52 @@ def test_every_byte_is_read_once(shards: list[str], tmp_path: Path) -> None:
     for report in reports:
         assert report["exchanged"] > 0
         assert "read once by 3 ranks" in report["exchange_note"]
+
+
+def replaying(shards: list[str], rank: int, group: TorchGroup) -> LoadReport:
+    """The same checkpoint twice, then one whose tensors lie elsewhere in the files, twice."""
+    moved = []
+    for shard in shards:
+        moved.append(f"{shard.removesuffix('.safetensors')}-moved.safetensors")
+        if rank == 0:
+            stored = {name: tensor + 1 for name, tensor in load_file(shard).items()}
+            save_file(stored, moved[-1], {"note": "a longer header"})
+    dist.barrier()
+    stored = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    targets = {
+        name: torch.zeros(wanted(name, tensor, rank).shape, dtype=torch.bfloat16)
+        for name, tensor in stored.items()
+    }
+    recording: Recording | None = None
+    followed = []
+    for files in (shards, shards, moved, moved):
+        report = LoadReport(rank=rank)
+        planner = Planner(Parameters(targets), recording=recording)
+        with Exchange(group, CPU, report) as exchange:
+            settings = Settings(num_load_threads=2)
+            with LoadSession(
+                settings, report, planner.ledger, planner.weights, lambda: None, exchange
+            ) as session:
+                with session.armed():
+                    for name, lazy in session.guard(session.iterate(files)):
+                        targets[name].copy_(wanted(name, lazy, rank))
+        followed.append(recording is not None and exchange.plan is recording.shared)
+        recording, why = planner.recorded(None)
+        assert recording is not None, why
+        recording = dataclasses.replace(recording, shared=exchange.plan)
+        for file in files:
+            for name, tensor in load_file(file).items():
+                expected = wanted(name, tensor, rank).to(torch.bfloat16)
+                assert torch.equal(targets[name], expected), (name, file)
+    assert followed == [False, True, False, True]
+    return report
+
+
+def test_a_plan_is_followed_again_for_the_headers_that_it_was_made_for(
+    shards: list[str], tmp_path: Path
+) -> None:
+    for report in on_all_ranks(replaying, shards, tmp_path):
+        assert report["replayed"] == 7 and report["exchanged"] > 0
 
 
 def declining(shards: list[str], rank: int, group: TorchGroup) -> LoadReport:

@@ -15,7 +15,7 @@ from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.placement import source_view
 from weightlift.loading.plan import Window, gathered
 from weightlift.loading.rounds import ALIGNMENT, Round, assign, cut
-from weightlift.loading.steps import steps
+from weightlift.loading.steps import Storages, steps
 from weightlift.loading.transfer import Run, Transfer, row_major
 
 SIZES = st.integers(1, 40)
@@ -80,8 +80,9 @@ def run_rounds(rounds: list[Round], content: bytes) -> None:
         row[: shared.span] = torch.frombuffer(
             bytearray(content[shared.start : shared.stop]), dtype=torch.uint8
         )
-        for step in steps(shared.pieces, shared.start):
-            step.target.copy_(step.source(row))
+        storages: Storages = {}
+        for step in steps(shared.pieces, shared.start, storages):
+            step.parameter(storages).copy_(step.elements(row))
 
 
 def place(window: Window, content: bytes) -> None:
@@ -107,11 +108,12 @@ def test_experts_at_even_distances_are_one_copy() -> None:
     runs = [
         Run(64 + n * distance, 64 + n * distance + expert, memory, n * expert) for n in range(8)
     ]
-    (step,) = steps(runs, 64)
-    assert step.shape == (8, expert // step.dtype.itemsize)
+    storages: Storages = {}
+    (step,) = steps(runs, 64, storages)
+    assert step.source.shape == (8, expert // step.source.dtype.itemsize)
     data = torch.randint(0, 256, (8000,), dtype=torch.uint8)
-    step.target.copy_(step.source(data))
+    step.parameter(storages).copy_(step.elements(data))
     for number in range(8):
         part = data[number * distance : number * distance + expert]
         assert torch.equal(fused[number].view(-1).view(torch.uint8), part)
-    assert len(steps([*runs[:3], *runs[4:]], 64)) == 2, "the gap is left out"
+    assert len(steps([*runs[:3], *runs[4:]], 64, {})) == 2, "the gap is left out"

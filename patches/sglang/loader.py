@@ -56,31 +56,44 @@ def _load_weights_and_postprocess(
         # place, or come back when the ranks agreed on it; what was unpacked for them is packed.
         postprocess = getattr(type(weights.loader), "postprocess_weights", lambda *_: None)
         return postprocess(model, call.arguments["target_device"])
-    try:
-        return _load(wrapped, call)
-    except Exception as error:
-        if transaction:
-            _tell(transaction, error)
-        raise
-
-
-def _load(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
-    model, weights = call.arguments["model"], call.arguments["weights"]
-    settings = context_of("sglang").settings()
-    report = _report(model, weights)
+    settings, report = context_of("sglang").settings(), _report(model, weights)
     device = torch.device(call.arguments["target_device"])
-    reason = refusal(model, weights, device, settings)
     # Weights of some other making come while the server runs, to bring experts back.
+    is_ours = isinstance(weights, RestartableWeights)
+    exchange = exchange_for(report, device, settings) if is_ours else None
+    with exchange or nullcontext():
+        try:
+            result = _load(wrapped, call, settings, report, exchange)
+        except Exception as error:
+            if transaction:
+                _tell(transaction, error)  # the vote comes first, on every rank
+            raise
+    _note(model, weights, settings, report, device)
+    return result
+
+
+def _load(
+    wrapped: Callable[..., Any],
+    call: inspect.BoundArguments,
+    settings: Settings,
+    report: LoadReport,
+    exchange: Exchange | None,
+) -> Any:
+    model, weights = call.arguments["model"], call.arguments["weights"]
+    reason = refusal(model, weights, torch.device(call.arguments["target_device"]), settings)
     is_ours = isinstance(weights, RestartableWeights)
     if is_ours and report.phase == "launch" and not has_others(model):
         insist_on_fast_load(reason or unknown_to_fast_load(model), settings)
-    exchange = exchange_for(report, device, settings) if is_ours else None
-    with exchange or nullcontext():
-        if reason:
-            report.fall_back(insist(reason, settings) if is_ours else reason)
-            result = _load_natively(wrapped, call, exchange)
-        else:
-            result = _load_by_plan(wrapped, call, settings, report, exchange)
+    if reason:
+        report.fall_back(insist(reason, settings) if is_ours else reason)
+        return _load_natively(wrapped, call, exchange)
+    return _load_by_plan(wrapped, call, settings, report, exchange)
+
+
+def _note(
+    model: Any, weights: Any, settings: Settings, report: LoadReport, device: torch.device
+) -> None:
+    """Keep and tell what was loaded."""
     if report.model_path:
         history = history_of(model)
         history.path = report.model_path
@@ -88,7 +101,6 @@ def _load(wrapped: Callable[..., Any], call: inspect.BoundArguments) -> Any:
     report.finish(settings.report)
     if report.phase == "launch" and settings.multithread_load:
         start_stager(report.rank, settings, known_recordings, pinned=device.type == "cuda")
-    return result
 
 
 def _load_natively(

@@ -122,7 +122,9 @@ class PlannedLoad:
         if recording is None:
             self._history.recordings.pop(self._report.phase, None)
         else:
-            shared = self._exchange.plan if self._exchange else None
+            # A launch is not done again.
+            is_update = self._report.phase == "update"
+            shared = self._exchange.plan if self._exchange and is_update else None
             if shared is not recording.shared:
                 recording = replace(recording, shared=shared)
             self._history.recordings[self._report.phase] = recording
