@@ -23,16 +23,20 @@ class Group(Protocol):
     @property
     def rank(self) -> int:
         """Number of this one."""
+        ...
 
     @property
     def size(self) -> int:
         """How many there are."""
+        ...
 
     def gather(self, text: str) -> list[str]:
         """What each rank says, in their order."""
+        ...
 
     def add_up(self, numbers: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of int64 CPU tensors of equal shape."""
+        ...
 
     def all_gather(self, whole: torch.Tensor) -> None:
         """Complete a buffer of which each rank has filled its part, on the current stream.

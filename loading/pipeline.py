@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ from weightlift.loading.reader import ReaderPool
 from weightlift.loading.rounds import Round
 from weightlift.loading.steps import Step, Storages
 from weightlift.loading.transfer import Run
+
+_copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Pipeline:
@@ -125,7 +128,7 @@ class Pipeline:
             plain = [pair for pair in self._copies[number] if pair[0].dtype == pair[1].dtype]
             if plain:  # in one call, which takes one dtype for all if it takes a short cut
                 targets, sources = zip(*plain, strict=True)
-                torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+                _copy_each(list(targets), list(sources), non_blocking=True)
             for target, source in self._copies[number]:
                 if target.dtype != source.dtype:
                     target.copy_(source, non_blocking=True)
