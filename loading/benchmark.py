@@ -79,8 +79,8 @@ def compare(
     for state in states:
         for name in loaders:
             ours, theirs = context.Pipe(duplex=False)
-            arguments = (name, path, device, state, calls, dtype, theirs)
-            process = context.Process(target=_measure, args=arguments)
+            job = _Job(name, path, device, state, calls, dtype)
+            process = context.Process(target=_measure, args=(job, theirs))
             process.start()
             theirs.close()
             try:
@@ -91,39 +91,37 @@ def compare(
             process.join()
 
 
-def _measure(
-    name: str,
-    path: Path,
-    device: torch.device,
-    state: str,
-    calls: int,
-    dtype: torch.dtype | None,
-    answer: Any,
-) -> None:
+@dataclass(frozen=True)
+class _Job:
+    """What a loader's own process does."""
+
+    loader: str
+    path: Path
+    device: torch.device
+    state: str
+    calls: int
+    dtype: torch.dtype | None
+
+
+def _measure(job: _Job, answer: Any) -> None:
     """Runs in the loader's own process."""
     try:
-        timing = _timed(name, path, device, state, calls, dtype)
+        timing = _timed(job)
     except Exception as error:  # noqa: BLE001 - a peer's trouble is a row of the table
-        timing = Timing(name, state, problem=f"{type(error).__name__}: {error}")
+        timing = Timing(job.loader, job.state, problem=f"{type(error).__name__}: {error}")
     answer.send(timing)
 
 
-def _timed(
-    name: str,
-    path: Path,
-    device: torch.device,
-    state: str,
-    calls: int,
-    dtype: torch.dtype | None,
-) -> Timing:
-    targets = empty_targets(path, device, dtype)
+def _timed(job: _Job) -> Timing:
+    path, device = job.path, job.device
+    targets = empty_targets(path, device, job.dtype)
     memory = _Memory(device)
     seconds = []
-    for _ in range(calls):
-        prepare_cache(path, state)
+    for _ in range(job.calls):
+        prepare_cache(path, job.state)
         started = time.perf_counter()
         with torch.no_grad():
-            LOADERS[name].run(path, targets, device, state)
+            LOADERS[job.loader].run(path, targets, device, job.state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
@@ -131,7 +129,7 @@ def _timed(
     with Checkpoint.from_path(path) as checkpoint:
         nbytes = sum(entry.nbytes for entry in checkpoint.entries())
     equal = is_equal(path, targets)
-    return Timing(name, state, seconds[0], tuple(seconds[1:]), nbytes, equal, *taken)
+    return Timing(job.loader, job.state, seconds[0], tuple(seconds[1:]), nbytes, equal, *taken)
 
 
 class _Memory:

@@ -1,8 +1,8 @@
 """Copies from the bytes of a round into parameters, as few as can be.
 
-The experts of a layer lie in the file at even distances, and so do their places in the parameter. So
-seven slices of as many experts are one copy with one dimension more. That takes a round of a
-mixture of experts from 20 copies to 9, which Python and the device both feel.
+Experts whose numbers follow each other lie in the file at even distances, and so do their places in
+the parameter: their slices are one copy with one dimension more. (Files are sorted by name, so 100
+to 109 follow each other, and 1, 10 and 100 do not.) Python and the device both feel it.
 """
 
 from __future__ import annotations
