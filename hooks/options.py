@@ -116,7 +116,8 @@ OPTIONS: tuple[Option, ...] = (
         parse=_mode,
         env="WEIGHTLIFT_EXCHANGE",
         help="Have the ranks of one host each read a part of the checkpoint and pass it on over "
-        "NVLink: on, off, or auto for GPUs where that reads less. Default: off, for it is new.",
+        "NVLink: auto for GPUs where that reads less, on also elsewhere, off. Where they cannot, each "
+        "reads for itself, and the report says why. Default: off, for it is new.",
         flags={"sglang": ("--weight-exchange",)},
         metavar="MODE",
     ),
