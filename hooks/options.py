@@ -7,7 +7,7 @@ default. A flag becomes the environment variable, for engines spawn the processe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,16 @@ def _file(text: str) -> str:
     return text
 
 
-def _mode(text: str) -> str:
-    if text.lower() not in ("auto", "on", "off"):
-        raise ValueError("must be auto, on or off")
-    return text.lower()
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"must be {', '.join(choices[:-1])} or {choices[-1]}")
+        return text.lower()
+
+    return parse
+
+
+_mode = _one_of("auto", "on", "off")
 
 
 OPTIONS: tuple[Option, ...] = (
@@ -56,7 +62,7 @@ OPTIONS: tuple[Option, ...] = (
         name="multithread_load",
         parse=_switch,
         env="WEIGHTLIFT_MULTITHREAD_LOAD",
-        help="Load weights with weightlift's reader threads. On once weightlift is installed; given "
+        help="Load weights with weightlift's readers. On once weightlift is installed; given "
         "on purpose, a load that must fall back to the engine's own loader is an error.",
         flags={"sglang": ("--enable-multithread-load", "--disable-multithread-load")},
         is_switch=True,
@@ -74,9 +80,17 @@ OPTIONS: tuple[Option, ...] = (
         name="num_load_threads",
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
-        help="Reader threads of each process that loads. Default: one a core of its share, from 2 to 12.",
+        help="Readers of each process that loads. Default: one a core of its share, from 2 to 12.",
         flags={"sglang": ("--num-load-threads",)},
         metavar="N",
+    ),
+    Option(
+        name="readers",
+        parse=_one_of("auto", "processes", "threads"),
+        env="WEIGHTLIFT_READERS",
+        help="What reads files: processes, which do not compete with the engine for Python's "
+        "interpreter lock; threads; or auto, processes for loads to a GPU. Default: auto.",
+        metavar="KIND",
     ),
     Option(
         name="staging_mib",

@@ -1,7 +1,8 @@
 """Many copies in one call: ``cudaMemcpyBatchAsync`` of the CUDA runtime, which torch does not offer.
 
 On an H200, windows of 8 MiB that hold tensors of 64 KiB go to the device at 54.2 GB/s this way and
-at 14.8 GB/s by a ``copy_`` each, which costs 5 us of Python a tensor.
+at 14.8 GB/s by a ``copy_`` each, which costs 5 us of Python a tensor. Where the runtime is older than
+CUDA 12.8, the driver makes the copies one by one.
 
 https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
 """
@@ -18,12 +19,11 @@ import torch
 
 logger = logging.getLogger("weightlift")
 
-FEW = 16
-"""So many copies are asked for in microseconds, with the interpreter lock held: with a dozen readers
-about, to get it back takes longer than that."""
+FEW = 64
+"""So many copies are asked for with the interpreter lock held: to get it back from an engine that
+plans takes longer than they do."""
 
 _IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream
-_TO_DEVICE = 1  # cudaMemcpyHostToDevice
 _FAILURE_INDEX_UNTIL = 13  # CUDA 12.8 and 12.9 take one argument more, for the copy that failed
 
 
@@ -41,25 +41,23 @@ class _Attributes(ctypes.Structure):
 
 
 class BatchCopy:
-    """Copies lists of ranges from pinned to device memory, each list in one call.
+    """Copies lists of ranges from pinned to device memory.
 
     Attributes:
-        is_available: Whether runtime and driver can; the first call may show that they cannot.
+        is_available: Whether runtime and driver can copy a list in one call; the first one may show
+            that they cannot.
     """
 
     def __init__(self) -> None:
         self.is_available = False
-        version = torch.version.cuda
-        if not version:
-            return
-        self._major = int(version.split(".")[0])
+        # With the interpreter lock held: see FEW.
+        self._copy_one: Callable[..., int] = ctypes.PyDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
+        self._major = int((torch.version.cuda or "0").split(".")[0])
         library = f"libcudart.so.{self._major}"
         try:
             self._runtime = ctypes.CDLL(library)
             self._copy: Callable[..., int] = self._runtime.cudaMemcpyBatchAsync
-            with_lock = ctypes.PyDLL(library)
-            self._copy_few: Callable[..., int] = with_lock.cudaMemcpyBatchAsync
-            self._copy_one: Callable[..., int] = with_lock.cudaMemcpyAsync
+            self._copy_few: Callable[..., int] = ctypes.PyDLL(library).cudaMemcpyBatchAsync
         except (OSError, AttributeError):  # older than CUDA 12.8, or linked in statically
             return
         self.is_available = True
@@ -72,46 +70,53 @@ class BatchCopy:
         sources: Sequence[int],
         sizes: Sequence[int],
         stream: torch.cuda.Stream,
-    ) -> bool:
+    ) -> None:
         """Copy ``sizes`` bytes from these addresses to those, in the order of ``stream``.
 
-        Returns:
-            Whether it could be asked for. If not, all must be copied otherwise, now and later.
+        Raises:
+            RuntimeError: The driver cannot.
         """
-        if not self.is_available:
-            return False
-        if len(sizes) == 1:
-            return self._one(targets[0], sources[0], sizes[0], stream)
+        handle = ctypes.c_void_p(stream.cuda_stream)
+        if self.is_available:
+            error = self._batch(targets, sources, sizes, handle)
+            if not error:
+                return
+            self._give_up(error)
+        for target, source, size in zip(targets, sources, sizes, strict=True):
+            addresses = ctypes.c_uint64(target), ctypes.c_void_p(source), ctypes.c_size_t(size)
+            if error := self._copy_one(*addresses, handle):
+                raise RuntimeError(
+                    f"a copy of {size} bytes to the device failed: CUDA error {error}"
+                )
+
+    def _batch(
+        self,
+        targets: Sequence[int],
+        sources: Sequence[int],
+        sizes: Sequence[int],
+        handle: ctypes.c_void_p,
+    ) -> int:
         lists = [array.array("Q", values) for values in (targets, sources, sizes)]
         failed = ctypes.c_size_t(0)
         copy = self._copy_few if len(sizes) <= FEW else self._copy
-        error = copy(
+        return copy(
             *(ctypes.c_void_p(values.buffer_info()[0]) for values in lists),
             ctypes.c_size_t(len(sizes)),
             ctypes.byref(self._attributes),
             ctypes.byref(self._first),
             ctypes.c_size_t(1),
             *((ctypes.byref(failed),) if self._major < _FAILURE_INDEX_UNTIL else ()),
-            ctypes.c_void_p(stream.cuda_stream),
-        )
-        return self._is_done(error)
-
-    def _one(self, target: int, source: int, size: int, stream: torch.cuda.Stream) -> bool:
-        addresses = ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size)
-        return self._is_done(
-            self._copy_one(*addresses, _TO_DEVICE, ctypes.c_void_p(stream.cuda_stream))
+            handle,
         )
 
-    def _is_done(self, error: int) -> bool:
-        if error:
-            self.is_available = False
-            self._runtime.cudaGetLastError()  # or the next kernel would be blamed for it
-            logger.info(
-                "weightlift: copies by the CUDA runtime fail here (error %d); from now on torch "
-                "makes them, one by one",
-                error,
-            )
-        return not error
+    def _give_up(self, error: int) -> None:
+        self.is_available = False
+        self._runtime.cudaGetLastError()  # or the next kernel would be blamed for it
+        logger.info(
+            "weightlift: lists of copies fail in this CUDA runtime (error %d); from now on the "
+            "driver makes them one by one",
+            error,
+        )
 
 
 @functools.cache

@@ -9,16 +9,16 @@ import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 
-MOST_THREADS = 12
+MOST_READERS = 12
 """On one H200 with 16 cores more readers brought nothing, warm; see ``placement``."""
 
 MEMORY_SHARE = 16
 """Staging takes at most this part of the memory that the ranks of a host may use together."""
 
 
-def reader_threads() -> int:
+def reader_count() -> int:
     """Readers for a process that was told no number: one a core of its share, from 2 to 12."""
-    return min(MOST_THREADS, max(2, usable_cores() // ranks_here()))
+    return min(MOST_READERS, max(2, usable_cores() // ranks_here()))
 
 
 def staging_limit() -> int | None:

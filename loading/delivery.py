@@ -16,6 +16,7 @@ from weightlift.loading.files import ShardFile
 from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Plan, Window
 from weightlift.loading.reader import ReaderPool
+from weightlift.loading.readers import open_readers
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.shared_plan import SharedPlan
@@ -195,8 +196,8 @@ class Delivery:
     def _pool(self, device: torch.device) -> ReaderPool:
         with self._lock:
             if device not in self._pools:
-                pool = self._pools[device] = ReaderPool(device, self._settings)
-                self._report.threads += pool.threads
+                pool = self._pools[device] = open_readers(device, self._settings)
+                self._report.threads += pool.readers
             return self._pools[device]
 
     def _plan(self, device: torch.device) -> Plan:

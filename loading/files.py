@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import stat
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -18,6 +19,8 @@ from weightlift.loading.residency import PAGE, PageCache, can_bypass_cache
 IOV_MAX: int = os.sysconf("SC_IOV_MAX")
 DIRECT_READ_BYTES = 1 << 20
 """A direct read. On an H200 host's disk 8 to 32 of them at a time reach 3.1 GB/s, and 8 MiB 2.4."""
+
+_numbers = itertools.count()
 
 Buffer = memoryview
 Identity = tuple[int, int, int, int]
@@ -33,6 +36,22 @@ class Staged(Protocol):
     def read_into(self, start: int, buffers: Sequence[Buffer]) -> bool:
         """Fill these buffers from byte ``start`` on; False if not all of it is there."""
         ...
+
+
+class Way(NamedTuple):
+    """How others are to read a file.
+
+    Attributes:
+        number: Of this way into the file; no other open file has it.
+        descriptor: Where to read.
+        alignment: First bytes and lengths of reads are multiples of it, but for the file's end.
+        most: Bytes that one read should take.
+    """
+
+    number: int
+    descriptor: int
+    alignment: int
+    most: int
 
 
 class ShardFile:
@@ -61,6 +80,7 @@ class ShardFile:
         self.bytes_staged = 0
         self._descriptor = descriptor
         self._direct: int | None = None
+        self._numbers = next(_numbers), next(_numbers)
         self._page_cache: PageCache | None = None
         self._counting = threading.Lock()
 
@@ -114,11 +134,23 @@ class ShardFile:
                     self.path, f"reading byte {offset} failed: {error}"
                 ) from error
             if got == 0:
-                raise CheckpointError(self.path, f"it ends at byte {offset}: truncated while read")
-            with self._counting:
-                self.bytes_read += got
+                size = min(offset, os.fstat(self._descriptor).st_size)
+                raise CheckpointError(self.path, f"it ends at byte {size}: truncated while read")
+            self.count(got)
             offset += got
             waiting = _after(waiting, got)
+
+    def count(self, nbytes: int, *, is_direct: bool = False) -> None:
+        """Note that so many bytes came from the file, perhaps past the page cache."""
+        with self._counting:
+            self.bytes_read += nbytes
+            self.bytes_direct += nbytes if is_direct else 0
+
+    def way(self, *, is_direct: bool) -> Way:
+        """How others are to read it, perhaps past the page cache; see :meth:`is_direct`."""
+        if is_direct:
+            return Way(self._numbers[1], self._direct_descriptor(), PAGE, DIRECT_READ_BYTES)
+        return Way(self._numbers[0], self._descriptor, 1, 1 << 30)
 
     def staged_view(self, start: int, stop: int) -> torch.Tensor | None:
         """The bytes from ``start`` to ``stop`` where they are in memory already: flat uint8."""
@@ -195,9 +227,7 @@ class ShardFile:
             except OSError:
                 self.direct_io = "off"
                 return False
-            with self._counting:
-                self.bytes_read += got
-                self.bytes_direct += got
+            self.count(got, is_direct=True)
             position += got
             if position < stop and (got == 0 or got % PAGE):
                 return False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from weightlift.loading.crews import crews
 from weightlift.loading.stage import active_stage
-from weightlift.loading.staging import pinned_ring
 
 
 def release() -> int:
-    """Free the pinned ring, what is staged, and torch's unused device memory; returns host bytes."""
-    freed = pinned_ring().release()
+    """End reader processes, free their memory, what is staged, and torch's unused device memory; returns host bytes."""
+    freed = crews.release()
     stage = active_stage()
     if stage is not None:
         freed += stage.close()

@@ -1,79 +1,56 @@
-"""Reader threads: they take windows off a queue and place them on one device.
-
-What runs once a window holds the GIL for microseconds: at 8 MiB a window, PCIe 5 takes one every
-150 us. So the queues are the C ones, and a CUDA event is made only where there is work to wait for.
-"""
+"""Readers: they take windows off a queue and put them in place on one device."""
 
 from __future__ import annotations
 
+import abc
 import queue
 import threading
 from typing import Final
 
 import torch
 
-from weightlift.loading.budget import reader_threads, staging_limit
-from weightlift.loading.placement import Placer, make_placer, staging_bytes
+from weightlift.loading.placement import HostPlacer
 from weightlift.loading.plan import Window
-from weightlift.loading.settings import MIB, Settings
-from weightlift.loading.staging import pinned_ring
 
 WINDOWS_AHEAD: Final = 4096
 """Windows planned and not yet placed. A window in the queue holds no data, only references."""
 
 
-def affordable_threads(device: torch.device, settings: Settings) -> int:
-    """Readers for this device, within the staging memory and what the host allows."""
-    memory = settings.staging_mib * MIB
-    if "staging_mib" not in settings.asked:
-        memory = min(memory, staging_limit() or memory)
-    threads = settings.num_load_threads or reader_threads()
-    return max(1, min(threads, memory // staging_bytes(device)))
-
-
-def warm_up(device: torch.device, settings: Settings) -> None:
-    """Begin to pin what a load to this device will need, while there is no load yet.
-
-    Pinning 192 MiB takes 40 ms; an engine takes longer to construct a model.
-    """
-    if device.type != "cuda":
-        return
-    index = torch.cuda.current_device() if device.index is None else device.index
-
-    def pin() -> None:
-        torch.cuda.set_device(index)
-        pinned_ring().fill(affordable_threads(device, settings), staging_bytes(device))
-
-    threading.Thread(target=pin, name="weightlift-warm-up", daemon=True).start()
-
-
-class ReaderPool:
-    """The reader threads of one load, for one device. Fed by one thread at a time: its plan's.
+class ReaderPool(abc.ABC):
+    """The readers of one load, for one device. Fed by one thread at a time: its plan's.
 
     Args:
         device: Where the windows go: the CPU or a CUDA device.
-        settings: How many threads, within how much staging memory.
+        readers: How many.
+
+    Attributes:
+        readers: How many.
     """
 
-    def __init__(self, device: torch.device, settings: Settings) -> None:
-        self.threads = affordable_threads(device, settings)
+    def __init__(self, device: torch.device, readers: int) -> None:
+        self.readers = readers
         self._device = device
         self._waiting: queue.SimpleQueue[Window | None] = queue.SimpleQueue()
         self._placed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._under_way = 0
         self._failure: BaseException | None = None
-        if device.type == "cuda":
-            pinned_ring().reserve(self.threads)
         self._workers: list[threading.Thread] = []
+
+    def start(self, threads: int, name: str) -> None:
+        """Start threads that :meth:`work`."""
         try:
-            for number in range(self.threads):
-                name = f"weightlift-reader-{number}"
-                worker = threading.Thread(target=self._work, name=name, daemon=True)
+            for number in range(threads):
+                target, label = self.work, f"weightlift-{name}-{number}"
+                worker = threading.Thread(target=target, name=label, daemon=True)
                 worker.start()
                 self._workers.append(worker)
         except BaseException:
             self.close()
             raise
+
+    @abc.abstractmethod
+    def work(self) -> None:
+        """Take windows until there comes None, and :meth:`finish` each."""
 
     def submit(self, window: Window) -> None:
         """Queue a window; waits while too many are ahead of the readers.
@@ -131,8 +108,16 @@ class ReaderPool:
             self._waiting.put(None)
         for worker in self._workers:
             worker.join()
-        if self._device.type == "cuda":
-            pinned_ring().reserve(-self.threads)
+
+    def fail(self, error: BaseException) -> None:
+        """Note why windows are not read from now on."""
+        self._failure = self._failure or error
+
+    def finish(self, window: Window, issued: torch.Event | None = None) -> None:
+        """Note that a window is in place, once this event has come, or never will be."""
+        if window.issued is not None:
+            window.issued(issued)
+        self._placed.put(None)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -142,20 +127,22 @@ class ReaderPool:
         self._placed.get()
         self._under_way -= 1
 
-    def _work(self) -> None:
-        placer: Placer | None = None
+
+class HostReaders(ReaderPool):
+    """Threads that read straight into targets on the CPU."""
+
+    def __init__(self, device: torch.device, readers: int) -> None:
+        super().__init__(device, readers)
+        self.start(readers, "reader")
+
+    def work(self) -> None:
+        """Take windows until there comes None."""
+        placer = HostPlacer()
         with torch.inference_mode():
             while (window := self._waiting.get()) is not None:
-                issued = None
                 try:
                     if self._failure is None:
-                        placer = placer or make_placer(self._device)
                         placer.place(window)
-                        issued = placer.event() if window.issued else None
-                except BaseException as error:  # noqa: BLE001 - handed to the thread that waits for the load
-                    self._failure = error
-                if window.issued is not None:
-                    window.issued(issued)
-                self._placed.put(None)
-            if placer is not None:
-                placer.close()
+                except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
+                    self.fail(error)
+                self.finish(window)

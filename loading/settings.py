@@ -14,9 +14,11 @@ class Settings:
     Attributes:
         multithread_load: Whether loads go through weightlift at all.
         fast_load: Whether plans are derived from one layer of each kind.
-        num_load_threads: Reader threads of this process; 0 chooses by its share of the cores.
-        staging_mib: Most host memory, in MiB, for bytes in flight to one device: the pinned ring
-            on CUDA (strided sources take half as much again to be packed), scratch elsewhere.
+        num_load_threads: Readers of this process; 0 chooses by its share of the cores.
+        readers: What they are: ``auto`` for processes where a CUDA device is loaded to and threads
+            elsewhere; ``processes`` or ``threads``.
+        staging_mib: Most host memory, in MiB, for bytes in flight to one device: pinned on CUDA,
+            scratch elsewhere.
         stage_gib: Host memory of each rank for the next checkpoint, in GiB; 0 for no staging.
         stage_watch: A directory whose new checkpoints are staged as they appear; empty for none.
         direct_io: Whether files are read past the page cache: ``auto`` for what is not in it, on a
@@ -31,6 +33,7 @@ class Settings:
     multithread_load: bool = True
     fast_load: bool = False
     num_load_threads: int = 0
+    readers: str = "auto"
     staging_mib: int = 256
     stage_gib: int = 0
     stage_watch: str = ""

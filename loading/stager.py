@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from weightlift.loading.budget import reader_threads
+from weightlift.loading.budget import reader_count
 from weightlift.loading.checkpoint import INDEX_NAME, Checkpoint
 from weightlift.loading.control import Control, Staged
 from weightlift.loading.errors import WeightliftError
@@ -74,7 +74,7 @@ class Stager:
             with Checkpoint.from_path(path) as checkpoint:
                 wanted = wanted_ranges(recordings, checkpoint)
                 total = sum(stop - start for ranges in wanted.values() for start, stop in ranges)
-                threads = report.threads = self._settings.num_load_threads or reader_threads()
+                threads = report.threads = self._settings.num_load_threads or reader_count()
                 nbytes = self._stage.fill(checkpoint, wanted, threads)
                 report.bytes_needed, report.bytes_read = total, checkpoint.bytes_read
             if nbytes < total:

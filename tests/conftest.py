@@ -38,10 +38,12 @@ def save(tmp_path: Path) -> SaveCheckpoint:
     return save
 
 
-@pytest.fixture
-def open_session() -> OpenSession:
+@pytest.fixture(params=["auto", "processes"])
+def open_session(request: pytest.FixtureRequest) -> OpenSession:
+    """Sessions with two readers of either kind."""
+
     def open_session(staging_mib: int = 256) -> LoadSession:
-        settings = Settings(num_load_threads=2, staging_mib=staging_mib)
+        settings = Settings(num_load_threads=2, staging_mib=staging_mib, readers=request.param)
         return LoadSession(settings, LoadReport())
 
     return open_session

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import weightlift
-from weightlift.loading import budget, stage, staging
-from weightlift.loading.placement import staging_bytes
-from weightlift.loading.reader import affordable_threads
+from weightlift.loading import budget, memory, stage
+from weightlift.loading.crews import Crews
+from weightlift.loading.readers import affordable_readers, staging_bytes
 from weightlift.loading.settings import Settings
 
 CUDA = torch.device("cuda")
@@ -28,8 +28,8 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_a_host_without_limits(host: Path) -> None:
     assert (budget.usable_cores(), budget.memory_limit()) == (64, None)
-    assert budget.reader_threads() == budget.MOST_THREADS
-    assert affordable_threads(CUDA, Settings()) == budget.MOST_THREADS
+    assert budget.reader_count() == budget.MOST_READERS
+    assert affordable_readers(CUDA, Settings()) == budget.MOST_READERS
 
 
 @pytest.mark.parametrize(
@@ -51,33 +51,30 @@ def test_cores_of_a_container(host: Path, files: dict[str, str], cores: int) -> 
 
 
 def test_ranks_share_the_cores(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for ranks, threads in ((4, 12), (8, 8), (64, 2)):
+    for ranks, readers in ((4, 12), (8, 8), (64, 2)):
         monkeypatch.setattr(budget, "ranks_here", lambda ranks=ranks: ranks)
-        assert budget.reader_threads() == threads
-        assert affordable_threads(CUDA, Settings(num_load_threads=5)) == 5
+        assert budget.reader_count() == readers
+        assert affordable_readers(CUDA, Settings(num_load_threads=5)) == 5
 
 
 def test_staging_in_a_small_container(host: Path) -> None:
     (host / "memory.max").write_text(f"{GIB}\n")
-    few = affordable_threads(CUDA, Settings())
+    few = affordable_readers(CUDA, Settings())
     assert few * staging_bytes(CUDA) <= GIB // budget.MEMORY_SHARE
     asked = Settings(staging_mib=256, asked=frozenset({"staging_mib"}))
-    assert affordable_threads(CUDA, asked) == budget.MOST_THREADS
+    assert affordable_readers(CUDA, asked) == budget.MOST_READERS
     (host / "memory.max").write_text("max\n")
     assert budget.memory_limit() is None
 
 
 def test_release_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    unpinned = []
-    monkeypatch.setattr(staging, "pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-    monkeypatch.setattr(staging, "unregister", lambda slot: unpinned.append(len(slot)))
-    monkeypatch.setattr(staging, "_ring", staging.PinnedRing())
-    staging.pinned_ring().fill(3, 100)
+    crews = Crews()
+    monkeypatch.setattr(memory, "crews", crews)
+    crew = crews.take(2, pinned=False, in_processes=True)
+    nbytes = crew.memory.numel()
+    crews.give(crew)
     monkeypatch.setattr(stage, "_stage", None)
     stage.make_stage(1000, pinned=False)
-    assert weightlift.release() == 300
-    assert unpinned == [100] * 3
+    assert weightlift.release() == nbytes
+    assert crew.memory.numel() == 0
     assert weightlift.release() == 0
-    ring = staging.pinned_ring()
-    ring.reserve(1)
-    assert len(ring.take(50)) == 50, "it is pinned anew"

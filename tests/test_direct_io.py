@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,21 @@ def test_a_file_that_shrank_is_named(shard: Any) -> None:
     file.close()
 
 
-def test_which_pages_are_cached(shard: Any) -> None:
+def test_which_stretches_are_cached(shard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "STRETCH", 4 * PAGE)
     path, _ = shard
     must_bypass(path)
     prepare_cache(path, "cold")
-    descriptor = os.open(path, os.O_RDONLY)
-    cache = residency.PageCache(descriptor, path.stat().st_size)
-    assert cache.is_cold(0, PAGE)
-    os.pread(descriptor, 10, 0)
-    assert not cache.is_cold(0, PAGE)
-    assert cache.is_cold(0, path.stat().st_size), "one page is not all"
-    assert 0 < cache.cached_bytes() < path.stat().st_size
-    cache.close()
+    descriptor, size = os.open(path, os.O_RDONLY), path.stat().st_size
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no pages but those that are read
+    os.pread(descriptor, 4 * PAGE, 0)
+    with contextlib.closing(residency.PageCache(descriptor, size)) as cache:
+        assert not cache.is_cold(0, 4 * PAGE)
+        assert cache.is_cold(4 * PAGE, 4 * PAGE + 1)
+        assert cache.is_cold(0, size), "one stretch is not all"
+        assert 0 < cache.cached_bytes() < size
+        os.pread(descriptor, size, 0)
+        assert cache.is_cold(4 * PAGE, 4 * PAGE + 1), "a verdict stands until the file is closed"
+    with contextlib.closing(residency.PageCache(descriptor, size)) as cache:
+        assert not cache.is_cold(0, size)
     os.close(descriptor)

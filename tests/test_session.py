@@ -16,6 +16,7 @@ from weightlift.loading import placement
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.lazy import LazyTensor
 from weightlift.loading.leftovers import find_lazy
+from weightlift.loading.reader import ReaderPool
 from weightlift.loading.session import LoadSession, active_session
 
 Loader = Callable[[torch.Tensor, torch.Tensor], object]
@@ -231,13 +232,13 @@ def test_neighbours_share_one_read(
     weights = {f"w{number:03d}": torch.randn(8, 8) for number in range(100)}
     targets = {name: torch.zeros(8, 8) for name in weights}
     windows: list[int] = []
-    place = placement.HostPlacer.place
+    offer = ReaderPool.offer
 
-    def count(self: Any, window: Any) -> None:
+    def count(self: ReaderPool, window: Any) -> bool:
         windows.append(len(window.pieces))
-        place(self, window)
+        return offer(self, window)
 
-    monkeypatch.setattr(placement.HostPlacer, "place", count)
+    monkeypatch.setattr(ReaderPool, "offer", count)
     with open_session() as session:
         for name, lazy in session.guard(session.iterate(save(weights))):
             targets[name].copy_(lazy)

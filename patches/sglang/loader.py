@@ -20,7 +20,7 @@ from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import CheckpointError, UpdateRefused
 from weightlift.loading.exchange import Exchange
-from weightlift.loading.reader import warm_up
+from weightlift.loading.readers import warm_up
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.stager import start_stager

@@ -1,0 +1,287 @@
+"""Readers in processes of their own: the same bytes, the same errors, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightlift.loading import crew as crew_module
+from weightlift.loading import crews as crews_module
+from weightlift.loading import feeder, worker
+from weightlift.loading.crew import SLOTS_A_READER, Crew
+from weightlift.loading.crews import Crews, crews
+from weightlift.loading.errors import CheckpointError, PlanAborted
+from weightlift.loading.feeder import Journey, chunks_of
+from weightlift.loading.files import ShardFile, Way
+from weightlift.loading.plan import Window
+from weightlift.loading.report import LoadReport
+from weightlift.loading.settings import Settings
+from weightlift.loading.state_dict import load_into
+from weightlift.loading.transfer import Run
+
+READERS = 2
+KINDS = pytest.mark.parametrize("in_processes", [True, False], ids=["processes", "threads"])
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Crews]:
+    """Crews of this test alone."""
+    mine = Crews()
+    monkeypatch.setattr(feeder, "crews", mine)
+    yield mine
+    mine.release()
+
+
+def fill(path: str, weights: dict[str, torch.Tensor], **settings: Any) -> LoadReport:
+    """Load through a crew, and see that every byte is right."""
+    targets = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    chosen: dict[str, Any] = {"num_load_threads": READERS, "readers": "processes", **settings}
+    report = load_into(targets, path, Settings(**chosen))
+    assert all(torch.equal(targets[name], weights[name]) for name in weights)
+    return report
+
+
+def descriptors(pid: int) -> set[str]:
+    """What a process has open."""
+    return {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()}
+
+
+def family(pid: int) -> list[int]:
+    """The readers that a process forked."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def supervisor(crew: Crew) -> int:
+    assert crew._process is not None
+    return crew._process.pid
+
+
+@KINDS
+def test_a_crew_reads_what_it_is_asked_for(tmp_path: Path, in_processes: bool) -> None:
+    data = os.urandom(3_000_000)
+    (tmp_path / "file").write_bytes(data)
+    file = ShardFile.open(str(tmp_path / "file"))
+    crew = Crew(READERS, pinned=False, in_processes=in_processes)
+    crew.start()
+    wanted = {slot: (slot * 400_001, 300_007) for slot in range(crew.slots)}
+    for slot, (start, length) in wanted.items():
+        crew.ask(slot, file.way(is_direct=False), start, length)
+    got: dict[int, int] = {}
+    while len(got) < len(wanted):
+        got.update(crew.answers())
+    for slot, (start, length) in wanted.items():
+        begin = crew.addresses[slot] - crew.addresses[0]
+        assert got[slot] == length
+        assert bytes(crew.memory[begin : begin + length].numpy()) == data[start : start + length]
+    file.close()
+    assert crew.release() == len(crew.addresses) * crew_module.slot_bytes()
+
+
+def test_the_same_processes_serve_the_next_load_and_have_no_file_open(
+    save: Any, own: Crews
+) -> None:
+    weights = {f"w{number}": torch.randn(300, 1000) for number in range(12)}
+    (path,) = save(weights)
+    seen = []
+    for _ in range(3):
+        assert fill(path, weights).threads == READERS
+        crew = own._kept
+        assert crew is not None
+        seen.append(sorted(family(supervisor(crew))))
+        assert len(seen[-1]) == READERS
+        for pid in (supervisor(crew), *seen[-1]):
+            assert not [name for name in descriptors(pid) if name.endswith(".safetensors")]
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_each_byte_is_read_once(save: Any, own: Crews) -> None:
+    weights = {f"w{number:02d}": torch.randn(number * 100 + 1, 257) for number in range(12)}
+    (path,) = save(weights)
+    assert fill(path, weights).bytes_read == os.path.getsize(path)
+
+
+def test_processes_that_went_for_want_of_work_are_started_again(save: Any, own: Crews) -> None:
+    weights = {"w": torch.randn(100, 100)}
+    (path,) = save(weights)
+    fill(path, weights)
+    assert own._kept is not None
+    before = own._kept
+    pid = supervisor(before)
+    for reader in family(pid):
+        os.kill(reader, signal.SIGKILL)
+    while family(pid):
+        time.sleep(0.01)
+    fill(path, weights)
+    assert own._kept is before, "its memory is kept"
+    assert supervisor(before) != pid
+
+
+def test_a_reader_ends_when_there_is_no_work(tmp_path: Path) -> None:
+    source = Path(worker.__file__).read_text().replace("IDLE_SECONDS = 120", "IDLE_SECONDS = 1")
+    (tmp_path / "worker.py").write_text(source)
+    crew = Crew(READERS, pinned=False, in_processes=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "__file__", str(tmp_path / "worker.py"))
+        crew.start()
+    assert crew._process is not None
+    assert crew._process.wait(30) == 0
+    crew.release()
+
+
+def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None:
+    program = (
+        "import os\n"
+        "from weightlift.loading.crew import Crew\n"
+        "crew = Crew(2, pinned=False, in_processes=True); crew.start()\n"
+        "print(crew._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    pid = int(found.stdout)
+    until = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break  # nobody collects orphans here
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_reader_that_is_killed_fails_the_load_and_not_the_next(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
+    (path,) = save(weights)
+    ask = Crew.ask
+
+    def kill_first(self: Crew, *arguments: Any) -> None:
+        monkeypatch.setattr(Crew, "ask", ask)
+        for reader in family(supervisor(self)):
+            os.kill(reader, signal.SIGKILL)
+        ask(self, *arguments)
+
+    monkeypatch.setattr(Crew, "ask", kill_first)
+    with pytest.raises(PlanAborted, match="a reader process died"):
+        fill(path, weights)
+    fill(path, weights)
+
+
+def test_without_processes_threads_read(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 100) for number in range(20)}
+    (path,) = save(weights)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            fill(path, weights)
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "it is said once"
+    assert "WEIGHTLIFT_READERS=threads" in caplog.text
+
+
+@KINDS
+def test_a_truncated_file_is_named(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, in_processes: bool
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 1000) for number in range(4)}
+    (path,) = save(weights)
+    begin = feeder.CrewReaders._begin
+
+    def shorten(self: Any, window: Window) -> None:
+        os.truncate(path, 1_000_000)
+        begin(self, window)
+
+    monkeypatch.setattr(feeder.CrewReaders, "_begin", shorten)
+    if not in_processes:
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(CheckpointError, match="it ends at byte 1000000: truncated while read"):
+        fill(path, weights)
+
+
+def test_a_device_that_fails_is_named(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 1000) for number in range(4)}
+    (path,) = save(weights)
+    monkeypatch.setattr(sys, "executable", "/bin/false")  # threads, which a patch can reach
+    begin = feeder.CrewReaders._begin
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def spoil(self: Any, window: Window) -> None:
+        monkeypatch.setattr(os, "preadv", fail)
+        begin(self, window)
+
+    monkeypatch.setattr(feeder.CrewReaders, "_begin", spoil)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        fill(path, weights)
+
+
+def test_two_loads_at_once_have_a_crew_each_and_one_is_kept(own: Crews) -> None:
+    both = [own.take(READERS, pinned=False, in_processes=True) for _ in range(2)]
+    assert both[0] is not both[1]
+    for crew in both:
+        own.give(crew)
+    assert own._kept is both[0]
+    assert both[1].memory.numel() == 0
+    other = own.take(READERS + 1, pinned=False, in_processes=True)
+    assert both[0].memory.numel() == 0, "of another size, it is of no use"
+    own.give(other)
+
+
+def test_a_forked_child_leaves_the_parents_readers_alone(save: Any, own: Crews) -> None:
+    crew = crews.take(READERS, pinned=False, in_processes=True)
+    child = os.fork()
+    if not child:
+        os._exit(int(bool(crew._sockets or crews_module.crews._out)))
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    crew.close_files()  # they still answer
+    crews.give(crew)
+    crews.release()
+
+
+@given(data=st.data())
+def test_chunks_hold_every_byte_once_and_in_order(data: Any) -> None:
+    memory = torch.empty(1 << 12, dtype=torch.uint8)
+    runs, position, place = [], data.draw(st.integers(0, 50)), 0
+    for _ in range(data.draw(st.integers(1, 8))):
+        position += data.draw(st.integers(0, 40))
+        length = data.draw(st.integers(1, 400))
+        runs.append(Run(position, position + length, memory, place))
+        position, place = position + length, place + length
+    most = data.draw(st.integers(1, 300))
+    alignment = data.draw(st.sampled_from([1, 16]))
+    journey = Journey(Window.__new__(Window), Way(0, 0, alignment, 1), None)
+    chunks = list(chunks_of(journey, runs, most))
+    found = {}
+    for chunk in chunks:
+        assert chunk.stop - chunk.start <= most
+        assert chunk.first <= chunk.start < chunk.stop <= chunk.first + chunk.length
+        assert chunk.first % alignment == chunk.length % alignment == 0
+        for zero, start, stop in chunk.parts:
+            assert chunk.start <= start < stop <= chunk.stop
+            for byte in range(start, stop):
+                assert byte not in found
+                found[byte] = zero + byte
+    expected = {
+        byte: run.address + byte - run.offset
+        for run in runs
+        for byte in range(run.offset, run.stop)
+    }
+    assert found == expected
+    assert SLOTS_A_READER > 1
