@@ -7,6 +7,7 @@ apart from the rest. Cold means that the page cache was dropped, and found to be
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -18,8 +19,13 @@ from typing import Any
 
 import torch
 
+from weightlift.loading.ceilings import cold_ceiling, warm_ceiling
 from weightlift.loading.checkpoint import Checkpoint, shard_paths
-from weightlift.loading.peers import LOADERS, Targets
+from weightlift.loading.peers import LOADERS, Loader, Targets
+
+CEILING = "ceiling"
+"""What the machine allows: pinned copies to a GPU or reads by many threads where files are warm, and
+reads past the page cache where they are cold. As if it were a loader."""
 
 COLD_FRACTION = 0.02
 """Part of a file that may be in the page cache and the file still counts as cold."""
@@ -35,7 +41,8 @@ class Timing:
         first_s: Seconds of the first call in its process.
         seconds: Of the calls after it.
         nbytes: Bytes of the checkpoint.
-        is_equal: Whether every tensor is that of the file, cast where that was asked for.
+        is_equal: Whether every tensor is that of the file, cast where that was asked for; None for
+            a ceiling, which loads nothing.
         device_bytes: Device memory that it took besides the tensors, at its peak.
         host_bytes: Host memory of its process that it took, and kept to the end.
         problem: Why there are no numbers, or ''.
@@ -46,7 +53,7 @@ class Timing:
     first_s: float = 0.0
     seconds: tuple[float, ...] = ()
     nbytes: int = 0
-    is_equal: bool = False
+    is_equal: bool | None = False
     device_bytes: int = 0
     host_bytes: int = 0
     problem: str = ""
@@ -65,7 +72,7 @@ def compare(
     calls: int,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Timing]:
-    """Time these loaders, one process each, and yield as they are done.
+    """Time what the machine allows and these loaders, one process each, and yield as they are done.
 
     Args:
         path: A checkpoint.
@@ -77,7 +84,7 @@ def compare(
     """
     context = multiprocessing.get_context("spawn")
     for state in states:
-        for name in loaders:
+        for name in (CEILING, *loaders):
             ours, theirs = context.Pipe(duplex=False)
             job = _Job(name, path, device, state, calls, dtype)
             process = context.Process(target=_measure, args=(job, theirs))
@@ -113,6 +120,31 @@ def _measure(job: _Job, answer: Any) -> None:
 
 
 def _timed(job: _Job) -> Timing:
+    path = job.path
+    with Checkpoint.from_path(path) as checkpoint:
+        nbytes = sum(entry.nbytes for entry in checkpoint.entries())
+    if job.loader == CEILING:
+        return _ceiling(job, nbytes)
+    loader = LOADERS[job.loader]
+    with contextlib.ExitStack() as stack:
+        if loader.convert is not None:
+            converted = loader.convert(path)
+            stack.callback(converted.unlink)
+        return _calls(job, loader, nbytes)
+
+
+def _ceiling(job: _Job, nbytes: int) -> Timing:
+    is_warm = job.state == "warm"
+    prepare_cache(job.path, job.state)
+    rate = warm_ceiling(job.path, job.device) if is_warm else cold_ceiling(job.path)
+    if not rate:
+        return Timing(
+            CEILING, job.state, problem="no reads past the page cache here", is_equal=None
+        )
+    return Timing(CEILING, job.state, nbytes / rate, nbytes=nbytes, is_equal=None)
+
+
+def _calls(job: _Job, loader: Loader, nbytes: int) -> Timing:
     path, device = job.path, job.device
     targets = empty_targets(path, device, job.dtype)
     memory = _Memory(device)
@@ -121,13 +153,11 @@ def _timed(job: _Job) -> Timing:
         prepare_cache(path, job.state)
         started = time.perf_counter()
         with torch.no_grad():
-            LOADERS[job.loader].run(path, targets, device, job.state)
+            loader.run(path, targets, device, job.state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     taken = memory.taken()
-    with Checkpoint.from_path(path) as checkpoint:
-        nbytes = sum(entry.nbytes for entry in checkpoint.entries())
     equal = is_equal(path, targets)
     return Timing(job.loader, job.state, seconds[0], tuple(seconds[1:]), nbytes, equal, *taken)
 
@@ -182,7 +212,7 @@ def prepare_cache(path: Path, state: str) -> None:
                 _make_cold(shard.file.path)
                 if shard.file.cached_bytes() > COLD_FRACTION * shard.file.size:
                     raise OSError(f"{shard.file.path} stays in the page cache")
-            else:
+            elif shard.file.cached_bytes() < shard.file.size:
                 for offset in range(0, shard.file.size, 16 << 20):
                     shard.file.read(offset, min(16 << 20, shard.file.size - offset))
 

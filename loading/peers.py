@@ -105,16 +105,45 @@ def _runai_streamer(path: Path, targets: Targets, device: torch.device, state: s
             targets[name].copy_(tensor)
 
 
+def _flashpack(path: Path, targets: Targets, device: torch.device, state: str) -> None:
+    """It reads a format of its own, into memory of its own."""
+    from flashpack.deserialization import (  # pyright: ignore[reportMissingImports]
+        iterate_from_flash_tensor,
+        read_flashpack_file,
+    )
+
+    storage, facts = read_flashpack_file(str(_flashpack_file(path)), device=str(device))
+    for name, tensor in iterate_from_flash_tensor(storage, facts):
+        targets[name].copy_(tensor)
+
+
+def _flashpack_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.flashpack")
+
+
+def _to_flashpack(path: Path) -> Path:
+    from flashpack.serialization import pack_to_file  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import load_file
+
+    tensors = {
+        name: tensor for file in shard_paths(path) for name, tensor in load_file(file).items()
+    }
+    pack_to_file(tensors, str(_flashpack_file(path)), None)
+    return _flashpack_file(path)
+
+
 @dataclass(frozen=True)
 class Loader:
     """A way to load, and what it takes: a package, and a CUDA device or not.
 
     ``run`` gets the checkpoint, the tensors to fill, their device, and ``warm`` or ``cold``.
+    ``convert`` writes the checkpoint as the file that it reads, which is not timed.
     """
 
     run: Callable[[Path, Targets, torch.device, str], None]
     package: str = ""
     needs_cuda: bool = False
+    convert: Callable[[Path], Path] | None = None
 
     def is_available(self, device: torch.device) -> bool:
         """Whether it can run here, on this device."""
@@ -135,6 +164,7 @@ LOADERS: dict[str, Loader] = {
     "fastsafetensors": Loader(_fastsafetensors, "fastsafetensors", needs_cuda=True),
     "instanttensor": Loader(_instanttensor, "instanttensor", needs_cuda=True),
     "runai-model-streamer": Loader(_runai_streamer, "runai_model_streamer"),
+    "flashpack (own format)": Loader(_flashpack, "flashpack", True, _to_flashpack),
 }
 if _has_prefetch():
     LOADERS["safetensors prefetch"] = Loader(_safetensors_prefetch, needs_cuda=True)

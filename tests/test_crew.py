@@ -231,6 +231,13 @@ def test_a_device_that_fails_is_named(
         fill(path, weights)
 
 
+def test_threads_take_turns_more_often_during_a_load_and_not_after() -> None:
+    before = sys.getswitchinterval()
+    with feeder.brisk_switching(), feeder.brisk_switching():
+        assert sys.getswitchinterval() == pytest.approx(feeder.SWITCH_SECONDS)
+    assert sys.getswitchinterval() == before
+
+
 def test_two_loads_at_once_have_a_crew_each_and_one_is_kept(own: Crews) -> None:
     both = [own.take(READERS, pinned=False, in_processes=True) for _ in range(2)]
     assert both[0] is not both[1]

@@ -181,10 +181,10 @@ def bench(
         out.print(timings_table(timings))
         note = "speed-up is against safetensors, median against median"
         out.print(f"on {where}; {note}", highlight=False)
-    if plot and any(not item.problem for item in timings):
+    if plot and any(item.is_equal for item in timings):
         bar_chart(timings, plot)
         err.print(f"chart written to {plot}")
-    if any(not item.is_equal for item in timings if not item.problem):
+    if any(item.is_equal is False for item in timings if not item.problem):
         raise _fail("a loader's tensors differ from the file's")
     if any(item.problem for item in timings if item.loader == "weightlift"):
         raise _fail("weightlift itself could not load this")
@@ -200,7 +200,7 @@ def _timed(
     columns = (text, bar, MofNCompleteColumn(), TimeElapsedColumn())
     timings = []
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("Timing loaders", total=len(states) * len(loaders))
+        task = progress.add_task("Timing loaders", total=len(states) * (len(loaders) + 1))
         for timing in compare(checkpoint, where, loaders, states, *how):
             timings.append(timing)
             progress.advance(task)
