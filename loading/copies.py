@@ -133,9 +133,12 @@ class Copies:
 def is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
     """Whether readers may write to this target's memory themselves."""
     return (
-        tuple(target.shape) == shape
-        and target.device.type in ("cpu", "cuda")
+        target.shape == shape
+        and (target.is_cuda or target.is_cpu)
         and target.layout is torch.strided
-        and not is_traceable_wrapper_subclass(target)
+        and (type(target) in _PLAIN_TYPES or not is_traceable_wrapper_subclass(target))
         and not (target.is_conj() or target.is_neg())
     )
+
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -28,16 +29,10 @@ from weightlift.loading import worker
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.files import Way
 from weightlift.loading.residency import PAGE
-from weightlift.loading.settings import MIB
 from weightlift.loading.staging import register, unregister
 from weightlift.loading.worker import CLOSED, DONE, JOB, READY
 
 logger = logging.getLogger("weightlift")
-
-CHUNK_BYTES = 2 * MIB
-"""What one job reads: it and its copy on the way to the device fit a core's second-level cache. On the
-H100 host, 12 readers and no device: 36 GB/s with 8 MiB, 45 with 4, 55 with 2, 60 with 1, where the
-jobs become too many for one thread to hand out."""
 
 SLOTS_A_READER = 2
 """One that is read, and one on its way to the device. Three brought nothing, and cost 20 ms more to pin."""
@@ -52,23 +47,42 @@ _LIBC: Final = ctypes.PyDLL(None, use_errno=True)
 _QUIETLY = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 
 
-def slot_bytes() -> int:
-    """Bytes of a slot: a chunk, from the page on that it begins in."""
-    return CHUNK_BYTES + 2 * PAGE
+@dataclass(frozen=True)
+class CrewSpec:
+    """What a crew is to be like.
+
+    Attributes:
+        readers: How many.
+        chunk_bytes: The most that one job reads.
+        pinned: Whether their memory is page-locked, for CUDA.
+        in_processes: Whether they are processes, where these can be started; threads otherwise.
+    """
+
+    readers: int
+    chunk_bytes: int
+    pinned: bool = False
+    in_processes: bool = True
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot: a chunk, from the page on that it begins in."""
+        return self.chunk_bytes + 2 * PAGE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return self.readers * SLOTS_A_READER * self.slot_bytes
 
 
 class Crew:
     """Readers and their slots of shared memory.
 
     Args:
-        readers: How many.
-        pinned: Whether the memory is page-locked, for CUDA.
-        in_processes: Whether they are processes, where these can be started; threads otherwise.
+        spec: What they are to be like.
 
     Attributes:
-        readers: How many.
-        pinned: Whether the memory is page-locked.
-        in_processes: What they are.
+        spec: What they were to be like.
+        in_processes: Whether they are processes.
         slots: How many slots there are. Slot ``s`` is for reader ``s % readers``.
         memory: All slots: flat uint8, on the CPU.
         addresses: Where each slot begins.
@@ -77,21 +91,17 @@ class Crew:
         OSError: The host has no such memory.
     """
 
-    def __init__(self, readers: int, *, pinned: bool, in_processes: bool) -> None:
-        self.readers = readers
-        self.slots = readers * SLOTS_A_READER
-        self.pinned = pinned
-        self.in_processes = self._asked = in_processes
-        self._slot_bytes = slot_bytes()
+    def __init__(self, spec: CrewSpec) -> None:
+        self.spec = spec
+        self.in_processes = spec.in_processes
+        self.slots = spec.readers * SLOTS_A_READER
         self._shared = os.memfd_create("weightlift-ring", os.MFD_CLOEXEC)
-        size = self.slots * self._slot_bytes
-        os.ftruncate(self._shared, size)
-        mapped = mmap.mmap(self._shared, size)
+        os.ftruncate(self._shared, spec.nbytes)
+        mapped = mmap.mmap(self._shared, spec.nbytes)
         self.memory = torch.frombuffer(mapped, dtype=torch.uint8)
         self._bytes = memoryview(mapped)
-        self.addresses = range(
-            self.memory.data_ptr(), self.memory.data_ptr() + size, self._slot_bytes
-        )
+        first = self.memory.data_ptr()
+        self.addresses = range(first, first + spec.nbytes, spec.slot_bytes)
         self._sockets: list[socket.socket] = []
         self._ends: list[int] = []
         self._known: list[set[int]] = []
@@ -102,18 +112,15 @@ class Crew:
         self._answers = self._done = -1
         self._buffer = ctypes.create_string_buffer(_ANSWERS * DONE.size)
 
-    def is_like(self, readers: int, pinned: bool, in_processes: bool) -> bool:
-        """Whether it is what a load asks for."""
-        of_size = self.readers == readers and self._slot_bytes == slot_bytes()
-        return of_size and self.pinned == pinned and self._asked == in_processes
-
     def start(self) -> None:
         """Have all readers ready; those of the load before, if they still are."""
         if self._sockets and self._are_there():
             return
         self.stop()
         self._start_either()
-        if self.pinned and not self._is_registered:  # by then the readers have touched its pages
+        if (
+            self.spec.pinned and not self._is_registered
+        ):  # by then the readers have touched its pages
             register(self.memory)
             self._is_registered = True
 
@@ -144,8 +151,8 @@ class Crew:
         Raises:
             PlanAborted: The reader is gone.
         """
-        reader = slot % self.readers
-        job = JOB.pack(start, length, slot * self._slot_bytes, way.most, way.number, slot)
+        reader = slot % self.spec.readers
+        job = JOB.pack(start, length, slot * self.spec.slot_bytes, way.most, way.number, slot)
         if way.number in self._known[reader]:
             self._send(self._ends[reader], job)
             return
@@ -228,7 +235,7 @@ class Crew:
         self._poller = select.poll()
         self._poller.register(self._answers, select.POLLIN)
         try:
-            for _ in range(self.readers):
+            for _ in range(self.spec.readers):
                 ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 self._sockets.append(ours)
                 self._ends.append(ours.fileno())
@@ -275,7 +282,7 @@ class Crew:
 
     def _await(self, number: int, seconds: float = -1.0) -> None:
         """Return once each reader has given this answer."""
-        waiting = self.readers
+        waiting = self.spec.readers
         while waiting:
             waiting -= sum(answer == number for _, answer, _ in self._receive(seconds))
 

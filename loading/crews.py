@@ -7,7 +7,7 @@ import os
 import threading
 from typing import Final
 
-from weightlift.loading.crew import Crew
+from weightlift.loading.crew import Crew, CrewSpec
 
 
 class Crews:
@@ -18,7 +18,7 @@ class Crews:
         self._kept: Crew | None = None
         self._out: set[Crew] = set()
 
-    def take(self, readers: int, *, pinned: bool, in_processes: bool) -> Crew:
+    def take(self, spec: CrewSpec) -> Crew:
         """A crew with its readers ready: the one that is kept if it is like that, or another.
 
         Raises:
@@ -26,10 +26,10 @@ class Crews:
         """
         with self._lock:  # a warm-up may be making the one that is wanted
             crew, self._kept = self._kept, None
-            if crew is not None and not crew.is_like(readers, pinned, in_processes):
+            if crew is not None and crew.spec != spec:
                 crew.release()
                 crew = None
-            crew = crew or Crew(readers, pinned=pinned, in_processes=in_processes)
+            crew = crew or Crew(spec)
             crew.start()
             self._out.add(crew)
             return crew

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
-import sys
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from weightlift.loading import crew
+from weightlift.loading.crew import Crew, CrewSpec
 from weightlift.loading.crews import crews
 from weightlift.loading.files import Way, memory_at
 from weightlift.loading.placement import Copies, DeviceWriter, make_writer, place
@@ -86,55 +83,31 @@ def chunks_of(journey: Journey, runs: Sequence[Run], most: int) -> Iterator[Chun
     yield chunk.end(stop)
 
 
-_switching = threading.Lock()
-_switching_before: list[float] = []
-
-SWITCH_SECONDS = 0.0005
-"""How long a thread that plans may keep the interpreter lock while another waits for it. At Python's
-5 ms, all slots of a crew are read and idle long before the feeder's turn."""
-
-
-@contextlib.contextmanager
-def brisk_switching() -> Iterator[None]:
-    """Within this, threads of this process take turns more often."""
-    with _switching:
-        _switching_before.append(sys.getswitchinterval())
-        sys.setswitchinterval(min(SWITCH_SECONDS, _switching_before[0]))
-    try:
-        yield
-    finally:
-        with _switching:
-            before = _switching_before.pop()
-            if not _switching_before:
-                sys.setswitchinterval(before)
-
-
 class CrewReaders(ReaderPool):
     """A crew that reads, and a thread that passes on what it read.
 
     That thread alone talks to the device. It holds the interpreter lock for some 20 us a chunk, of
-    which PCIe 5 takes one every 38 us.
+    which PCIe 5 takes one every 75 us.
 
     Args:
         device: Where the windows go: the CPU or a CUDA device.
-        readers: How many.
-        in_processes: Whether they are processes, where these can be started.
+        spec: The crew.
     """
 
-    def __init__(self, device: torch.device, readers: int, *, in_processes: bool) -> None:
-        super().__init__(device, readers)
-        self._in_processes = in_processes
+    def __init__(self, device: torch.device, spec: CrewSpec) -> None:
+        super().__init__(device, spec.readers)
+        self._spec = spec
         self._free: deque[int] = deque()
         self._reading: dict[int, Chunk] = {}
         self._written: deque[tuple[torch.Event, list[int]]] = deque()
         self._is_sound = True
-        self._crew: crew.Crew
+        self._crew: Crew
         self._writer: DeviceWriter
         self.start(1, "feeder")
 
     def work(self) -> None:
         """Take windows until there comes None."""
-        with torch.inference_mode(), brisk_switching():
+        with torch.inference_mode():
             is_ready = self._get_ready()
             while (window := self._next()) is not None:
                 try:
@@ -149,9 +122,8 @@ class CrewReaders(ReaderPool):
 
     def _get_ready(self) -> bool:
         try:
-            pinned = self._device.type == "cuda"
             self._writer = make_writer(self._device)
-            self._crew = crews.take(self.readers, pinned=pinned, in_processes=self._in_processes)
+            self._crew = crews.take(self._spec)
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self.fail(error)
             return False
@@ -192,7 +164,7 @@ class CrewReaders(ReaderPool):
             runs = [Run(window.start, window.stop, scratch, 0)]
         is_direct = window.file.is_direct(window.start, window.stop)
         journey = Journey(window, window.file.way(is_direct=is_direct), scratch)
-        chunks = list(chunks_of(journey, runs, crew.CHUNK_BYTES))
+        chunks = list(chunks_of(journey, runs, self._spec.chunk_bytes))
         journey.to_come = len(chunks)
         for chunk in chunks:
             self._ask(chunk)

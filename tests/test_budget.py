@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import weightlift
-from weightlift.loading import budget, memory, stage
+from weightlift.loading import budget, memory, readers, stage
+from weightlift.loading.crew import SLOTS_A_READER, CrewSpec
 from weightlift.loading.crews import Crews
-from weightlift.loading.readers import affordable_readers, staging_bytes
+from weightlift.loading.readers import ALONE_CHUNK_BYTES, SHARED_CHUNK_BYTES, crew_for
 from weightlift.loading.settings import Settings
 
 CUDA = torch.device("cuda")
@@ -29,7 +30,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_host_without_limits(host: Path) -> None:
     assert (budget.usable_cores(), budget.memory_limit()) == (64, None)
     assert budget.reader_count() == budget.MOST_READERS
-    assert affordable_readers(CUDA, Settings()) == budget.MOST_READERS
+    assert crew_for(CUDA, Settings()).readers == budget.MOST_READERS
 
 
 @pytest.mark.parametrize(
@@ -51,18 +52,22 @@ def test_cores_of_a_container(host: Path, files: dict[str, str], cores: int) -> 
 
 
 def test_ranks_share_the_cores(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for ranks, readers in ((4, 12), (8, 8), (64, 2)):
-        monkeypatch.setattr(budget, "ranks_here", lambda ranks=ranks: ranks)
-        assert budget.reader_count() == readers
-        assert affordable_readers(CUDA, Settings(num_load_threads=5)) == 5
+    for ranks, count in ((4, 12), (8, 8), (64, 2)):
+        for module in (budget, readers):
+            monkeypatch.setattr(module, "ranks_here", lambda ranks=ranks: ranks)
+        assert budget.reader_count() == count
+        assert crew_for(CUDA, Settings(num_load_threads=5)).readers == 5
+        assert crew_for(CUDA, Settings()).chunk_bytes == SHARED_CHUNK_BYTES
+    monkeypatch.setattr(readers, "ranks_here", lambda: 1)
+    assert crew_for(CUDA, Settings()).chunk_bytes == ALONE_CHUNK_BYTES
 
 
 def test_staging_in_a_small_container(host: Path) -> None:
     (host / "memory.max").write_text(f"{GIB}\n")
-    few = affordable_readers(CUDA, Settings())
-    assert few * staging_bytes(CUDA) <= GIB // budget.MEMORY_SHARE
+    few = crew_for(CUDA, Settings())
+    assert few.readers * SLOTS_A_READER * few.chunk_bytes <= GIB // budget.MEMORY_SHARE
     asked = Settings(staging_mib=256, asked=frozenset({"staging_mib"}))
-    assert affordable_readers(CUDA, asked) == budget.MOST_READERS
+    assert crew_for(CUDA, asked).readers == budget.MOST_READERS
     (host / "memory.max").write_text("max\n")
     assert budget.memory_limit() is None
 
@@ -70,7 +75,7 @@ def test_staging_in_a_small_container(host: Path) -> None:
 def test_release_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
     crews = Crews()
     monkeypatch.setattr(memory, "crews", crews)
-    crew = crews.take(2, pinned=False, in_processes=True)
+    crew = crews.take(CrewSpec(2, 1 << 20))
     nbytes = crew.memory.numel()
     crews.give(crew)
     monkeypatch.setattr(stage, "_stage", None)

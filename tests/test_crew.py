@@ -18,10 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightlift.loading import crew as crew_module
 from weightlift.loading import crews as crews_module
 from weightlift.loading import feeder, worker
-from weightlift.loading.crew import SLOTS_A_READER, Crew
+from weightlift.loading.crew import SLOTS_A_READER, Crew, CrewSpec
 from weightlift.loading.crews import Crews, crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.feeder import Journey, chunks_of
@@ -33,6 +32,7 @@ from weightlift.loading.state_dict import load_into
 from weightlift.loading.transfer import Run
 
 READERS = 2
+SPEC = CrewSpec(READERS, 1 << 20)
 KINDS = pytest.mark.parametrize("in_processes", [True, False], ids=["processes", "threads"])
 
 
@@ -74,7 +74,7 @@ def test_a_crew_reads_what_it_is_asked_for(tmp_path: Path, in_processes: bool) -
     data = os.urandom(3_000_000)
     (tmp_path / "file").write_bytes(data)
     file = ShardFile.open(str(tmp_path / "file"))
-    crew = Crew(READERS, pinned=False, in_processes=in_processes)
+    crew = Crew(CrewSpec(READERS, 1 << 20, in_processes=in_processes))
     crew.start()
     wanted = {slot: (slot * 400_001, 300_007) for slot in range(crew.slots)}
     for slot, (start, length) in wanted.items():
@@ -87,7 +87,7 @@ def test_a_crew_reads_what_it_is_asked_for(tmp_path: Path, in_processes: bool) -
         assert got[slot] == length
         assert bytes(crew.memory[begin : begin + length].numpy()) == data[start : start + length]
     file.close()
-    assert crew.release() == len(crew.addresses) * crew_module.slot_bytes()
+    assert crew.release() == crew.slots * crew.spec.slot_bytes
 
 
 def test_the_same_processes_serve_the_next_load_and_have_no_file_open(
@@ -132,7 +132,7 @@ def test_processes_that_went_for_want_of_work_are_started_again(save: Any, own: 
 def test_a_reader_ends_when_there_is_no_work(tmp_path: Path) -> None:
     source = Path(worker.__file__).read_text().replace("IDLE_SECONDS = 120", "IDLE_SECONDS = 1")
     (tmp_path / "worker.py").write_text(source)
-    crew = Crew(READERS, pinned=False, in_processes=True)
+    crew = Crew(SPEC)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "__file__", str(tmp_path / "worker.py"))
         crew.start()
@@ -144,8 +144,8 @@ def test_a_reader_ends_when_there_is_no_work(tmp_path: Path) -> None:
 def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None:
     program = (
         "import os\n"
-        "from weightlift.loading.crew import Crew\n"
-        "crew = Crew(2, pinned=False, in_processes=True); crew.start()\n"
+        "from weightlift.loading.crew import Crew, CrewSpec\n"
+        "crew = Crew(CrewSpec(2, 1 << 20)); crew.start()\n"
         "print(crew._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -231,27 +231,20 @@ def test_a_device_that_fails_is_named(
         fill(path, weights)
 
 
-def test_threads_take_turns_more_often_during_a_load_and_not_after() -> None:
-    before = sys.getswitchinterval()
-    with feeder.brisk_switching(), feeder.brisk_switching():
-        assert sys.getswitchinterval() == pytest.approx(feeder.SWITCH_SECONDS)
-    assert sys.getswitchinterval() == before
-
-
 def test_two_loads_at_once_have_a_crew_each_and_one_is_kept(own: Crews) -> None:
-    both = [own.take(READERS, pinned=False, in_processes=True) for _ in range(2)]
+    both = [own.take(SPEC) for _ in range(2)]
     assert both[0] is not both[1]
     for crew in both:
         own.give(crew)
     assert own._kept is both[0]
     assert both[1].memory.numel() == 0
-    other = own.take(READERS + 1, pinned=False, in_processes=True)
+    other = own.take(CrewSpec(READERS + 1, 1 << 20))
     assert both[0].memory.numel() == 0, "of another size, it is of no use"
     own.give(other)
 
 
 def test_a_forked_child_leaves_the_parents_readers_alone(save: Any, own: Crews) -> None:
-    crew = crews.take(READERS, pinned=False, in_processes=True)
+    crew = crews.take(SPEC)
     child = os.fork()
     if not child:
         os._exit(int(bool(crew._sockets or crews_module.crews._out)))

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from model import Sharded
 from rank_loaders import LOADERS, Load
 
-CALLS = 5
+CALLS = 4
 LIMIT_S = 150
 
 

@@ -1,9 +1,9 @@
 """The real SGLang server on this GPU, stock and with weightlift in turn: load times and tokens.
 
-launch.py CHECKPOINT OUT [ROUNDS]
+launch.py CHECKPOINT OUT [LAUNCHES [FLAG ...]]    more flags for the server, such as --tp-size 2
 
-Prints a table and writes OUT/launch.json. Needs SGLang and weightlift in this Python's path; the
-first launch compiles kernels and counts for neither.
+Prints a table and writes OUT/launch.json. Needs SGLang and weightlift in this Python's path. The
+first launch, a stock one, compiles kernels; it counts if there are fewer than three.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def run(model: str, logs: Path, *, weightlift: bool, name: str) -> dict[str, Any
     log, report = logs / f"{name}.log", logs / f"{name}.jsonl"
     environ = dict(os.environ, WEIGHTLIFT=str(int(weightlift)), WEIGHTLIFT_REPORT=str(report))
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *FLAGS]
+    command += sys.argv[4:]
     with log.open("wb") as file:
         server = subprocess.Popen(
             command, stdout=file, stderr=file, env=environ, start_new_session=True
@@ -80,14 +81,14 @@ def run(model: str, logs: Path, *, weightlift: bool, name: str) -> dict[str, Any
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-    elapsed = re.search(r"Load weight end\. elapsed=([\d.]+)", log.read_text())
+    elapsed = re.findall(r"Load weight end\. elapsed=([\d.]+)", log.read_text())
     loads = [json.loads(line) for line in report.read_text().splitlines()] if weightlift else []
     for load in loads:
         load["model_path"] = Path(load["model_path"]).name
     return {
         "name": name,
         "weightlift": weightlift,
-        "load_weight_s": float(elapsed[1]) if elapsed else None,
+        "load_weight_s": max(map(float, elapsed), default=None),
         "updates_s": updates,
         "reports": loads,
         "tokens": before,
@@ -98,12 +99,12 @@ def run(model: str, logs: Path, *, weightlift: bool, name: str) -> dict[str, Any
 def main() -> None:
     """Run, print, write."""
     model, out = sys.argv[1], Path(sys.argv[2])
-    rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 2
+    launches = int(sys.argv[3]) if len(sys.argv) > 3 else 5
     out.mkdir(parents=True, exist_ok=True)
     logs = Path(tempfile.mkdtemp())
     results = []
-    for number in range(rounds * 2 + 1):
-        name = "warm-up" if number == 0 else f"launch-{number}"
+    for number in range(launches):
+        name = f"launch-{number}"
         result = run(model, logs, weightlift=number % 2 == 1, name=name)
         results.append(result)
         inner = [f"{load['seconds']:.3f}" for load in result["reports"]]
@@ -117,7 +118,7 @@ def main() -> None:
         (out / "launch.json").write_text(json.dumps(results, indent=1))
     assert len({str(result["tokens"]) for result in results}) == 1, "the tokens differ"
     assert all(result["tokens"] == result["tokens_after_update"] for result in results)
-    timed = results[1:]
+    timed = results[1:] if launches > 2 else results
     for kind in ("stock", "weightlift"):
         mine = [result for result in timed if result["weightlift"] == (kind == "weightlift")]
         launch = statistics.median(result["load_weight_s"] for result in mine)
