@@ -21,7 +21,7 @@ def timings_table(timings: list[Timing]) -> Table:
             continue
         ratio = f"{base[item.state] / item.median_s:.2f}" if item.state in base else "-"
         share = f"{floor[item.state] / item.median_s:.0%}" if item.state in floor else "-"
-        rate = f"{item.nbytes / item.median_s / 1e9:.2f}"
+        rate = f"{_rate(item):.2f}"
         first, median = f"{item.first_s:.3f} s", f"{item.median_s:.3f} s"
         equal = "-" if item.is_equal is None else "yes" if item.is_equal else "NO"
         table.add_row(item.loader, item.state, first, median, rate, share, ratio, equal)
@@ -43,28 +43,28 @@ def bar_chart(timings: list[Timing], path: Path) -> None:
 
     floor = _median_by_state(timings, CEILING)
     timings = [item for item in timings if not item.problem and item.loader != CEILING]
+    timings.sort(key=lambda item: item.median_s)
     loaders = list(dict.fromkeys(item.loader for item in timings))
-    states = list(dict.fromkeys(item.state for item in timings))
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.7 * len(loaders)), layout="constrained")
+    states = sorted({item.state for item in timings}, reverse=True)
+    figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.6 * len(loaders)), layout="constrained")
     thickness = 0.8 / len(states)
     for number, state in enumerate(states):
-        rates = {
-            item.loader: item.nbytes / item.median_s / 1e9
-            for item in timings
-            if item.state == state
-        }
+        rates = {item.loader: _rate(item) for item in timings if item.state == state}
         places = [loaders.index(name) + number * thickness for name in rates]
         bars = axes.barh(places, list(rates.values()), thickness, label=state)
         axes.bar_label(bars, fmt="%.1f", padding=3)
-        if state in floor and rates:
-            nbytes = next(item.nbytes for item in timings)
-            colour = bars.patches[0].get_facecolor()
-            limit = nbytes / floor[state] / 1e9
+        if state in floor:
+            limit, colour = timings[0].nbytes / floor[state] / 1e9, bars.patches[0].get_facecolor()
             axes.axvline(limit, ls="--", color=colour, label=f"ceiling, {state}: {limit:.1f}")
     axes.set_yticks([number + 0.4 - thickness / 2 for number in range(len(loaders))], loaders)
     axes.invert_yaxis()
     axes.set_xlabel("GB/s, median of the calls after the first")
     axes.margins(x=0.12)
-    axes.legend(loc="best")
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _rate(timing: Timing) -> float:
+    """GB/s."""
+    return timing.nbytes / timing.median_s / 1e9
