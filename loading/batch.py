@@ -50,8 +50,9 @@ class BatchCopy:
 
     def __init__(self) -> None:
         self.is_available = False
-        # With the interpreter lock held: see FEW.
-        self._copy_one: Callable[..., int] = ctypes.PyDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
+        driver = "libcuda.so.1"
+        self._copy_one: Callable[..., int] = ctypes.CDLL(driver).cuMemcpyHtoDAsync_v2
+        self._copy_one_of_few: Callable[..., int] = ctypes.PyDLL(driver).cuMemcpyHtoDAsync_v2
         self._major = int((torch.version.cuda or "0").split(".")[0])
         library = f"libcudart.so.{self._major}"
         try:
@@ -82,9 +83,10 @@ class BatchCopy:
             if not error:
                 return
             self._give_up(error)
+        copy = self._copy_one_of_few if len(sizes) <= FEW else self._copy_one
         for target, source, size in zip(targets, sources, sizes, strict=True):
             addresses = ctypes.c_uint64(target), ctypes.c_void_p(source), ctypes.c_size_t(size)
-            if error := self._copy_one(*addresses, handle):
+            if error := copy(*addresses, handle):
                 raise RuntimeError(
                     f"a copy of {size} bytes to the device failed: CUDA error {error}"
                 )

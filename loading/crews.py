@@ -1,4 +1,4 @@
-"""Crews are kept from load to load: processes to start and memory to pin cost 40 ms."""
+"""Crews are kept from load to load: processes to start and memory to pin cost 80 ms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import threading
 from typing import Final
 
 from weightlift.loading.crew import Crew, CrewSpec
+from weightlift.loading.errors import PlanAborted
+
+IDLE_SECONDS = 120.0
+"""So long the processes of a crew wait for the next load. Its memory waits longer."""
 
 
 class Crews:
@@ -17,6 +21,7 @@ class Crews:
         self._lock = threading.Lock()
         self._kept: Crew | None = None
         self._out: set[Crew] = set()
+        self._idle = threading.Timer(IDLE_SECONDS, self.stop)
 
     def take(self, spec: CrewSpec) -> Crew:
         """A crew with its readers ready: the one that is kept if it is like that, or another.
@@ -25,29 +30,51 @@ class Crews:
             OSError: The host has no such memory.
         """
         with self._lock:  # a warm-up may be making the one that is wanted
+            self._idle.cancel()
             crew, self._kept = self._kept, None
-            if crew is not None and crew.spec != spec:
+            if crew is not None and not (crew.spec == spec and _is_sound(crew)):
                 crew.release()
                 crew = None
             crew = crew or Crew(spec)
-            crew.start()
-            self._out.add(crew)
+            self._out.add(crew)  # a child that is forked now must let go of it
+            try:
+                if not crew.is_started:
+                    crew.start()
+            except BaseException:
+                self._out.discard(crew)
+                crew.release()
+                raise
             return crew
 
     def give(self, crew: Crew, *, is_sound: bool = True) -> None:
-        """Give a crew back. It is kept, if it is sound and the only one; threads end."""
+        """Give a crew back. It is kept if it is sound and the only one; threads end.
+
+        A reader of one that is not may yet write to its memory, which nobody must use again.
+        """
         with self._lock:
             self._out.discard(crew)
-            if not (is_sound and crew.in_processes):
-                crew.stop()
-            if self._kept is None:
-                self._kept = crew
-            else:
+            if not is_sound or self._kept is not None:
                 crew.release()
+                return
+            self._kept = crew
+            if not crew.in_processes:
+                crew.stop()
+                return
+            self._idle = threading.Timer(IDLE_SECONDS, self.stop)
+            self._idle.name, self._idle.daemon = "weightlift-idle", True
+            self._idle.start()
+
+    def stop(self) -> None:
+        """End the readers of the crew that is kept; its memory stays."""
+        with self._lock:
+            self._idle.cancel()
+            if self._kept is not None:
+                self._kept.stop()
 
     def release(self) -> int:
         """End the readers of the crew that is kept and free its memory; returns its bytes."""
         with self._lock:
+            self._idle.cancel()
             crew, self._kept = self._kept, None
             return crew.release() if crew is not None else 0
 
@@ -58,6 +85,16 @@ class Crews:
             crew.forget()
         self._kept = None
         self._out = set()
+
+
+def _is_sound(crew: Crew) -> bool:
+    """Whether the readers of a crew without work answer, if it has any."""
+    try:
+        if crew.is_started:
+            crew.close_files()
+    except PlanAborted:
+        return False
+    return True
 
 
 crews: Final = Crews()

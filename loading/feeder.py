@@ -127,7 +127,7 @@ class CrewReaders(ReaderPool):
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self.fail(error)
             return False
-        self._free.extend(range(self._crew.slots))
+        self._free.extend(range(self._spec.slots))
         return True
 
     def _leave(self) -> None:
@@ -136,7 +136,8 @@ class CrewReaders(ReaderPool):
             self._collect()
         try:
             self._writer.wait()
-            self._crew.close_files()
+            if self._is_sound:
+                self._crew.close_files()
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self.fail(error)
             self._is_sound = False
@@ -184,7 +185,7 @@ class CrewReaders(ReaderPool):
     def _ask(self, chunk: Chunk) -> None:
         """Have a chunk read as soon as a slot is free."""
         try:
-            slot = self._take_slot()
+            slot = self._take_slot() if self._failure is None else -1
             if self._failure is None:
                 self._crew.ask(slot, chunk.journey.way, chunk.first, chunk.length)
                 self._reading[slot] = chunk
@@ -194,13 +195,14 @@ class CrewReaders(ReaderPool):
         self._end(chunk)
 
     def _take_slot(self) -> int:
-        while not self._free:
+        """A free slot; any number if there is a failure, after which none is needed."""
+        while not self._free and self._failure is None:
             if self._reading:
                 self._collect()
             else:
                 self._written[0][0].synchronize()
                 self._reclaim()
-        return self._free.popleft()
+        return self._free.popleft() if self._free else -1
 
     def _collect(self) -> None:
         """Pass on the chunks that were read; waits until there are some."""
@@ -214,16 +216,20 @@ class CrewReaders(ReaderPool):
         try:
             if self._failure is None:
                 self._pass_on(answers, done)
+                self._hand_back([slot for slot, _ in answers])
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self.fail(error)
-        slots, event = [slot for slot, _ in answers], self._writer.event()
+        for chunk in done:
+            self._end(chunk)
+
+    def _hand_back(self, slots: list[int]) -> None:
+        """These slots are free once what was written from them is."""
+        event = self._writer.event()
         if event is None:
             self._free.extend(slots)
         else:
             self._written.append((event, slots))
             self._reclaim()
-        for chunk in done:
-            self._end(chunk)
 
     def _reclaim(self) -> None:
         while self._written and self._written[0][0].query():

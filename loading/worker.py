@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 import sys
-from _socket import SOL_SOCKET, socket
+from _socket import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,16 +36,15 @@ DONE = struct.Struct("=IIQ")
 """Number of the reader, number of the job, bytes read. Fewer than were asked for: the file ended, or
 a read failed; whoever asked finds out by reading on."""
 
-READY = CLOSED = 0xFFFFFFFF
+READY, CLOSED = 0xFFFFFFFF, 0xFFFFFFFE
 """Number of the job in the first answer of a reader, and in that to a request to close."""
-
-IDLE_SECONDS = 120
-"""A process without work for so long ends."""
 
 _ONE_DESCRIPTOR = 32  # CMSG_SPACE of one, with room to spare
 
 
-def serve(reader: int, jobs: Jobs, done: int, memory: memoryview) -> None:
+def serve(
+    reader: int, jobs: Jobs, done: int, memory: memoryview, files: dict[int, int] | None = None
+) -> None:
     """Do jobs until the other side closes the socket.
 
     Args:
@@ -53,8 +52,10 @@ def serve(reader: int, jobs: Jobs, done: int, memory: memoryview) -> None:
         jobs: A socket of whole messages; see :data:`JOB`.
         done: The writing end of the pipe for answers; see :data:`DONE`.
         memory: Where bytes go.
+        files: Descriptors by number of the file, of who asks; if left out, those that come along.
     """
-    files: dict[int, int] = {}
+    own: dict[int, int] = {}
+    known = own if files is None else files
     try:
         os.write(done, DONE.pack(reader, READY, 0))
         while True:
@@ -63,17 +64,18 @@ def serve(reader: int, jobs: Jobs, done: int, memory: memoryview) -> None:
                 return
             offset, length, place, most, file, number = JOB.unpack(message)
             for _, _, data in along:
-                files[file] = array.array("i", data[:4])[0]
+                own[file] = array.array("i", data[:4])[0]
             if length:
-                got = read(files[file], offset, memory[place : place + length], most)
+                room = memory[place : place + length]
+                got = read(known[file], offset, room, most) if file in known else 0
                 os.write(done, DONE.pack(reader, number, got))
             else:
-                _close(files)
+                _close(own)
                 os.write(done, DONE.pack(reader, CLOSED, 0))
-    except (BrokenPipeError, BlockingIOError, ConnectionError):
-        return  # nobody waits for an answer any more, or nothing came for long
+    except (BrokenPipeError, ConnectionError):
+        return  # nobody waits for an answer any more
     finally:
-        _close(files)
+        _close(own)
 
 
 def read(file: int, offset: int, room: memoryview, most: int) -> int:
@@ -110,15 +112,10 @@ def _fork(reader: int, sockets: list[int], done: int, memory: memoryview) -> Non
     for number, descriptor in enumerate(sockets):
         if number != reader:
             os.close(descriptor)  # or its reader would not see the other side go
-    jobs = socket(fileno=sockets[reader])
-    jobs.setsockopt(SOL_SOCKET, _RECEIVE_TIMEOUT, struct.pack("@ll", IDLE_SECONDS, 0))
     try:
-        serve(reader, jobs, done, memory)
+        serve(reader, socket(fileno=sockets[reader]), done, memory)
     finally:
         os._exit(0)
-
-
-_RECEIVE_TIMEOUT = 20  # SO_RCVTIMEO, which the module does not name
 
 
 def main(shared: int, done: int, *sockets: int) -> None:

@@ -76,10 +76,10 @@ def test_release_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
     crews = Crews()
     monkeypatch.setattr(memory, "crews", crews)
     crew = crews.take(CrewSpec(2, 1 << 20))
-    nbytes = crew.memory.numel()
+    nbytes = crew.ring.memory.numel()
     crews.give(crew)
     monkeypatch.setattr(stage, "_stage", None)
     stage.make_stage(1000, pinned=False)
     assert weightlift.release() == nbytes
-    assert crew.memory.numel() == 0
+    assert crew.ring.memory.numel() == 0
     assert weightlift.release() == 0

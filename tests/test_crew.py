@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -18,13 +19,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightlift.loading import crew as crew_module
 from weightlift.loading import crews as crews_module
-from weightlift.loading import feeder, worker
+from weightlift.loading import feeder
 from weightlift.loading.crew import SLOTS_A_READER, Crew, CrewSpec
 from weightlift.loading.crews import Crews, crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.feeder import Journey, chunks_of
 from weightlift.loading.files import ShardFile, Way
+from weightlift.loading.placement import HostWriter
 from weightlift.loading.plan import Window
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
@@ -76,7 +79,7 @@ def test_a_crew_reads_what_it_is_asked_for(tmp_path: Path, in_processes: bool) -
     file = ShardFile.open(str(tmp_path / "file"))
     crew = Crew(CrewSpec(READERS, 1 << 20, in_processes=in_processes))
     crew.start()
-    wanted = {slot: (slot * 400_001, 300_007) for slot in range(crew.slots)}
+    wanted = {slot: (slot * 400_001, 300_007) for slot in range(crew.spec.slots)}
     for slot, (start, length) in wanted.items():
         crew.ask(slot, file.way(is_direct=False), start, length)
     got: dict[int, int] = {}
@@ -85,9 +88,11 @@ def test_a_crew_reads_what_it_is_asked_for(tmp_path: Path, in_processes: bool) -
     for slot, (start, length) in wanted.items():
         begin = crew.addresses[slot] - crew.addresses[0]
         assert got[slot] == length
-        assert bytes(crew.memory[begin : begin + length].numpy()) == data[start : start + length]
+        assert (
+            bytes(crew.ring.memory[begin : begin + length].numpy()) == data[start : start + length]
+        )
     file.close()
-    assert crew.release() == crew.slots * crew.spec.slot_bytes
+    assert crew.release() == crew.spec.slots * crew.spec.slot_bytes
 
 
 def test_the_same_processes_serve_the_next_load_and_have_no_file_open(
@@ -113,32 +118,107 @@ def test_each_byte_is_read_once(save: Any, own: Crews) -> None:
     assert fill(path, weights).bytes_read == os.path.getsize(path)
 
 
-def test_processes_that_went_for_want_of_work_are_started_again(save: Any, own: Crews) -> None:
+def test_processes_without_work_end_and_are_started_again(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = {"w": torch.randn(100, 100)}
     (path,) = save(weights)
+    monkeypatch.setattr(crews_module, "IDLE_SECONDS", 0.2)
     fill(path, weights)
-    assert own._kept is not None
+    kept = own._kept
+    assert kept is not None
+    until = time.monotonic() + 30
+    while kept.is_started and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not kept.is_started and kept.ring.memory.numel(), "only the memory stays"
+    fill(path, weights)
+    assert own._kept is kept
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
+def test_readers_that_do_not_answer_are_given_up_and_their_memory_too(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    weights = {"w": torch.randn(100, 100)}
+    (path,) = save(weights)
+    monkeypatch.setattr(crew_module, "ANSWER_SECONDS", 0.3)
+    fill(path, weights)
     before = own._kept
-    pid = supervisor(before)
-    for reader in family(pid):
-        os.kill(reader, signal.SIGKILL)
-    while family(pid):
-        time.sleep(0.01)
+    assert before is not None
+    os.kill(family(supervisor(before))[0], how)
     fill(path, weights)
-    assert own._kept is before, "its memory is kept"
-    assert supervisor(before) != pid
+    assert own._kept is not before
+    assert not before.is_started and not before.ring.memory.numel()
 
 
-def test_a_reader_ends_when_there_is_no_work(tmp_path: Path) -> None:
-    source = Path(worker.__file__).read_text().replace("IDLE_SECONDS = 120", "IDLE_SECONDS = 1")
-    (tmp_path / "worker.py").write_text(source)
-    crew = Crew(SPEC)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "__file__", str(tmp_path / "worker.py"))
-        crew.start()
-    assert crew._process is not None
-    assert crew._process.wait(30) == 0
-    crew.release()
+def test_a_load_may_pause_for_longer_than_readers_are_kept(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"w{number}": torch.randn(100, 100) for number in range(3)}
+    (path,) = save(weights)
+    monkeypatch.setattr(crews_module, "IDLE_SECONDS", 0.1)
+    begin = feeder.CrewReaders._begin
+
+    def pause(self: Any, window: Window) -> None:
+        time.sleep(0.5)
+        begin(self, window)
+
+    monkeypatch.setattr(feeder.CrewReaders, "_begin", pause)
+    fill(path, weights)
+
+
+def test_a_device_that_fails_does_not_hang_the_load(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
+    (path,) = save(weights)
+
+    def fail(_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostWriter, "event", fail)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            fill(path, weights)
+    assert not own._out
+    fill(path, weights)
+
+
+def test_threads_take_no_descriptors_of_their_own(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [{f"w{number}": torch.randn(100, 100)} for number in range(20)]
+    folder = Path(save(*shards)[0]).parent
+    monkeypatch.setattr(sys, "executable", "")
+    most = [0]
+    end = feeder.CrewReaders._end
+
+    def count(self: Any, chunk: Any) -> None:
+        names = [name for name in descriptors(os.getpid()) if name.endswith(".safetensors")]
+        links = len(os.listdir("/proc/self/fd"))
+        most[0] = max(most[0], links if names else 0)
+        end(self, chunk)
+
+    monkeypatch.setattr(feeder.CrewReaders, "_end", count)
+    before = len(os.listdir("/proc/self/fd"))
+    fill(str(folder), {name: weight for shard in shards for name, weight in shard.items()})
+    assert most[0] - before < 2 * len(shards) + 10
+
+
+def test_a_crew_that_cannot_start_leaves_nothing_behind(
+    own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(Crew, "_await", fail)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            own.take(SPEC)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not own._out and own._kept is None
 
 
 def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None:
@@ -179,12 +259,17 @@ def test_a_reader_that_is_killed_fails_the_load_and_not_the_next(
     fill(path, weights)
 
 
+@pytest.mark.parametrize("executable", ["/bin/false", "/no/such/python", "", None])
 def test_without_processes_threads_read(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    executable: str | None,
+    save: Any,
+    own: Crews,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     weights = {f"w{number}": torch.randn(500, 100) for number in range(20)}
     (path,) = save(weights)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", executable)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             fill(path, weights)
@@ -237,9 +322,9 @@ def test_two_loads_at_once_have_a_crew_each_and_one_is_kept(own: Crews) -> None:
     for crew in both:
         own.give(crew)
     assert own._kept is both[0]
-    assert both[1].memory.numel() == 0
+    assert both[1].ring.memory.numel() == 0
     other = own.take(CrewSpec(READERS + 1, 1 << 20))
-    assert both[0].memory.numel() == 0, "of another size, it is of no use"
+    assert both[0].ring.memory.numel() == 0, "of another size, it is of no use"
     own.give(other)
 
 
@@ -247,7 +332,7 @@ def test_a_forked_child_leaves_the_parents_readers_alone(save: Any, own: Crews) 
     crew = crews.take(SPEC)
     child = os.fork()
     if not child:
-        os._exit(int(bool(crew._sockets or crews_module.crews._out)))
+        os._exit(int(bool(crew._ours or crews_module.crews._out)))
     _, status = os.waitpid(child, 0)
     assert status == 0
     crew.close_files()  # they still answer

@@ -1,0 +1,79 @@
+"""Shared memory that readers fill and the device fetches from, page-locked once the pages are there."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import Final
+
+import torch
+
+from weightlift.loading.staging import register, unregister
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_CLOSE_ON_EXEC = 1  # MFD_CLOEXEC
+
+
+class SharedRing:
+    """A range of memory that processes can map by its descriptor.
+
+    Args:
+        nbytes: How long it is.
+
+    Attributes:
+        descriptor: For other processes to map; -1 where the kernel has none.
+        memory: All of it: flat uint8, on the CPU.
+        view: The same for reads.
+
+    Raises:
+        OSError: The host has no such memory.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.descriptor = _memory_file()
+        try:
+            if self.descriptor >= 0:
+                os.ftruncate(self.descriptor, nbytes)
+            mapped = mmap.mmap(self.descriptor, nbytes)
+        except BaseException:
+            self._close()
+            raise
+        self.view = memoryview(mapped)
+        with torch.inference_mode(mode=False):
+            self.memory = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._is_pinned = False
+
+    def pin(self) -> None:
+        """Page-lock it, if that can be and is not done."""
+        self._is_pinned = self._is_pinned or register(self.memory)
+
+    def release(self) -> int:
+        """Free it; returns its bytes."""
+        nbytes = self.memory.numel()
+        if self._is_pinned:
+            unregister(self.memory)
+        self._is_pinned = False
+        self.memory, self.view = torch.empty(0, dtype=torch.uint8), memoryview(b"")
+        self._close()
+        return nbytes
+
+    def forget(self) -> None:
+        """In a forked child: let go of the parent's file."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def _memory_file() -> int:
+    """A file without a name, in memory; -1 if there is no such thing here.
+
+    By the C library: Python has it only if it was built against one of 2018 or later.
+    """
+    try:
+        return int(_LIBC.memfd_create(b"weightlift-ring", _CLOSE_ON_EXEC))
+    except AttributeError:
+        return -1
