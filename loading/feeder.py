@@ -179,7 +179,7 @@ class CrewReaders(ReaderPool):
                 copies.add(run.address, base + run.offset, run.nbytes)
             self._writer.write(copies)
         else:
-            place(window, self._writer.scratch(window.span).copy_(staged))
+            place(window, self._writer.scratch(window.span).copy_(staged, non_blocking=True))
         self.finish(window, self._writer.event())
 
     def _ask(self, chunk: Chunk) -> None:

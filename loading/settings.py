@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from weightlift.loading.errors import WeightliftError
+
 MIB = 1 << 20
 
 
@@ -42,3 +44,17 @@ class Settings:
     report: str = ""
     untested_versions: bool = False
     asked: frozenset[str] = field(default=frozenset())
+
+    def insist(self, reason: str) -> str:
+        """Why a load is left to the engine, unless the user asked for what is now not to be had.
+
+        Raises:
+            WeightliftError: They did.
+        """
+        if self.multithread_load and "multithread_load" in self.asked:
+            raise WeightliftError(
+                f"multithread load was asked for and cannot be had here: {reason}. Leave out "
+                "--enable-multithread-load (or its variable or YAML key) to load with the engine's "
+                "own loader."
+            )
+        return reason

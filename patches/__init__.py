@@ -94,4 +94,15 @@ SGLANG = Integration(
     ),
 )
 
-INTEGRATIONS: tuple[Integration, ...] = (SGLANG,)
+VLLM = Integration(
+    engine="vllm",
+    versions=">=0.28,<0.33",
+    newest="0.32.0",
+    patch_files=(
+        PatchFile(
+            "vllm.model_executor.model_loader.default_loader", "weightlift.patches.vllm.loader"
+        ),
+    ),
+)
+
+INTEGRATIONS: tuple[Integration, ...] = (SGLANG, VLLM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,4 +158,14 @@ def test_each_release_gets_one_multi_thread_iterator() -> None:
 
 
 def test_engines_that_are_not_here_are_not_found() -> None:
-    assert [find_engine(integration.engine) for integration in INTEGRATIONS] == [None]
+    assert {find_engine(integration.engine) for integration in INTEGRATIONS} == {None}
+
+
+def test_a_stand_in_is_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's environments may have a package that is called vllm and is not."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_engine("vllm") is None
+    (tmp_path / "vllm/model_executor/model_loader").mkdir(parents=True)
+    assert find_engine("vllm") is not None

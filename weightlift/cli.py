@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Load model weights at the speed of the hardware in SGLang.",
+    help="Load model weights at the speed of the hardware in SGLang and vLLM.",
 )
 out = Console()
 err = Console(stderr=True)

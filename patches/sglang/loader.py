@@ -30,7 +30,6 @@ from weightlift.patches.sglang.architectures import unknown_to_fast_load
 from weightlift.patches.sglang.history import has_others, history_of, known_recordings
 from weightlift.patches.sglang.planned import PlannedLoad
 from weightlift.patches.sglang.refusals import (
-    insist,
     insist_on_fast_load,
     loader_refusal,
     refusal,
@@ -85,7 +84,7 @@ def _load(
     if is_ours and report.phase == "launch" and not has_others(model):
         insist_on_fast_load(reason or unknown_to_fast_load(model), settings)
     if reason:
-        report.fall_back(insist(reason, settings) if is_ours else reason)
+        report.fall_back(settings.insist(reason) if is_ours else reason)
         return _load_natively(wrapped, call, exchange)
     return _load_by_plan(wrapped, call, settings, report, exchange)
 
@@ -133,11 +132,11 @@ def _load_by_plan(
         # may be a lazy tensor's fault; what is not fails again, with this error as its context.
         if planned.session.is_finished or isinstance(error, (CheckpointError, UpdateRefused)):
             raise
-        report.fall_back(insist(str(planned.session.aborted or repr(error)), settings))
+        report.fall_back(settings.insist(str(planned.session.aborted or repr(error))))
         call.arguments["weights"] = weights.restart()
         return _load_natively(wrapped, call, exchange)
     if not report.tensors:
-        report.fall_back(insist("it has no safetensors files", settings))
+        report.fall_back(settings.insist("it has no safetensors files"))
     return result
 
 

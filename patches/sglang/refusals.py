@@ -60,21 +60,6 @@ def _quantisation_refusal(model: torch.nn.Module, phase: str) -> str:
     return ""
 
 
-def insist(reason: str, settings: Settings) -> str:
-    """The reason, unless the user asked for what is now not to be had.
-
-    Raises:
-        WeightliftError: They did.
-    """
-    if settings.multithread_load and "multithread_load" in settings.asked:
-        raise WeightliftError(
-            f"multithread load was asked for and cannot be had here: {reason}. Leave out "
-            "--enable-multithread-load (or its variable or YAML key) to load with the engine's "
-            "own loader."
-        )
-    return reason
-
-
 def insist_on_fast_load(reason: str, settings: Settings) -> None:
     """Refuse a launch that cannot have the fast load that the user asked for.
 

@@ -138,7 +138,7 @@ def _mlp(prefix: str, inner: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield f"{prefix}down_proj.weight", _matrix(HIDDEN, inner)
 
 
-def _attention(kind: str, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _attention(kind: str, prefix: str, head: int) -> Iterator[tuple[str, torch.Tensor]]:
     if kind == "deepseek":
         yield f"{prefix}q_a_proj.weight", _matrix(Q_RANK, HIDDEN)
         yield f"{prefix}q_a_layernorm.weight", _norm(Q_RANK)
@@ -148,17 +148,17 @@ def _attention(kind: str, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{prefix}kv_b_proj.weight", _matrix(HEADS * (NOPE + VALUE), KV_RANK)
         yield f"{prefix}o_proj.weight", _matrix(HIDDEN, HEADS * VALUE)
         return
-    yield f"{prefix}q_proj.weight", _matrix(HEADS * HEAD, HIDDEN)
-    yield f"{prefix}k_proj.weight", _matrix(KV_HEADS * HEAD, HIDDEN)
-    yield f"{prefix}v_proj.weight", _matrix(KV_HEADS * HEAD, HIDDEN)
-    yield f"{prefix}o_proj.weight", _matrix(HIDDEN, HEADS * HEAD)
+    yield f"{prefix}q_proj.weight", _matrix(HEADS * head, HIDDEN)
+    yield f"{prefix}k_proj.weight", _matrix(KV_HEADS * head, HIDDEN)
+    yield f"{prefix}v_proj.weight", _matrix(KV_HEADS * head, HIDDEN)
+    yield f"{prefix}o_proj.weight", _matrix(HIDDEN, HEADS * head)
     if kind == "qwen2":
-        yield f"{prefix}q_proj.bias", _norm(HEADS * HEAD)
-        yield f"{prefix}k_proj.bias", _norm(KV_HEADS * HEAD)
-        yield f"{prefix}v_proj.bias", _norm(KV_HEADS * HEAD)
+        yield f"{prefix}q_proj.bias", _norm(HEADS * head)
+        yield f"{prefix}k_proj.bias", _norm(KV_HEADS * head)
+        yield f"{prefix}v_proj.bias", _norm(KV_HEADS * head)
     if kind in ("qwen3", "qwen3moe"):
-        yield f"{prefix}q_norm.weight", _norm(HEAD)
-        yield f"{prefix}k_norm.weight", _norm(HEAD)
+        yield f"{prefix}q_norm.weight", _norm(head)
+        yield f"{prefix}k_norm.weight", _norm(head)
 
 
 def _feed_forward(
@@ -183,7 +183,7 @@ def _feed_forward(
 
 
 def tensors(
-    kind: str, layers: int = LAYERS, experts: int = EXPERTS
+    kind: str, layers: int = LAYERS, experts: int = EXPERTS, head: int = HEAD
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The named tensors of a model of this kind, random."""
     yield "model.embed_tokens.weight", _matrix(VOCABULARY, HIDDEN)
@@ -191,7 +191,7 @@ def tensors(
         prefix = f"model.layers.{layer}."
         yield f"{prefix}input_layernorm.weight", _norm(HIDDEN)
         yield f"{prefix}post_attention_layernorm.weight", _norm(HIDDEN)
-        yield from _attention(kind, f"{prefix}self_attn.")
+        yield from _attention(kind, f"{prefix}self_attn.", head)
         yield from _feed_forward(kind, layer, experts, prefix)
     yield "model.norm.weight", _norm(HIDDEN)
     yield "lm_head.weight", _matrix(VOCABULARY, HIDDEN)
@@ -219,14 +219,17 @@ def make_checkpoint(
     layers: int = LAYERS,
     experts: int = EXPERTS,
     shards: int = SHARDS,
+    head: int = HEAD,
 ) -> Path:
     """Write a model of this kind; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    named = dict(sorted(tensors(kind, layers, experts)))
+    named = dict(sorted(tensors(kind, layers, experts, head)))
     config = {**COMMON, **{**CONFIGS, **MORE_CONFIGS}[kind], "num_hidden_layers": layers}
     counts = config.keys() & {"num_experts", "n_routed_experts", "num_local_experts"}
     config.update(dict.fromkeys(counts, experts))
+    if "head_dim" in config:
+        config["head_dim"] = head
     if block_fp8:
         named = in_blocks_of_fp8(named)
         config["quantization_config"] = QUANTIZATION

