@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from weightlift.loading.buffers import memory_of
 from weightlift.loading.checkpoint import Checkpoint
-from weightlift.loading.files import ShardFile, memory_of
+from weightlift.loading.files import ShardFile
 from weightlift.loading.residency import PAGE
 from weightlift.loading.staging import page_aligned, register, unregister
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from weightlift.loading.buffers import memory_of
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted
-from weightlift.loading.files import memory_of
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.lazy import LazyTensor, data_of, geometry, place_of
 from weightlift.loading.recording import Ledger

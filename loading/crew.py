@@ -21,21 +21,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from weightlift.loading import worker
+from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.files import Way
-from weightlift.loading.residency import PAGE
 from weightlift.loading.ring import SharedRing
 from weightlift.loading.worker import CLOSED, DONE, JOB, READY
 
 logger = logging.getLogger("weightlift")
-
-SLOTS_A_READER = 2
-"""One that is read, and one on its way to the device. Three brought nothing, and cost 20 ms more to pin."""
 
 START_SECONDS = 20.0
 """Processes that are not ready by then are given up."""
@@ -47,33 +43,6 @@ _ANSWERS = 256
 # A call that keeps the interpreter lock: to get it back from an engine that plans takes 5 ms.
 _LIBC: Final = ctypes.PyDLL(None, use_errno=True)
 _QUIETLY = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
-
-
-@dataclass(frozen=True)
-class CrewSpec:
-    """What a crew is to be like.
-
-    Attributes:
-        readers: How many.
-        chunk_bytes: The most that one job reads.
-        pinned: Whether their memory is page-locked, for CUDA.
-        in_processes: Whether they are processes, where these can be started; threads otherwise.
-    """
-
-    readers: int
-    chunk_bytes: int
-    pinned: bool = False
-    in_processes: bool = True
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot: a chunk, from the page on that it begins in."""
-        return self.chunk_bytes + 2 * PAGE
-
-    @property
-    def slots(self) -> int:
-        """How many slots there are. Slot ``s`` is for reader ``s % readers``."""
-        return self.readers * SLOTS_A_READER
 
 
 class Crew:

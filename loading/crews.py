@@ -7,7 +7,8 @@ import os
 import threading
 from typing import Final
 
-from weightlift.loading.crew import Crew, CrewSpec
+from weightlift.loading.crew import Crew
+from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.errors import PlanAborted
 
 IDLE_SECONDS = 120.0

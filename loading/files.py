@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
 import stat
@@ -13,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from weightlift.loading.buffers import Buffer, after
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.residency import PAGE, PageCache, can_bypass_cache
 
@@ -24,7 +24,6 @@ slower one, anything from 8 to 192 MiB reached 0.8 to 1.2."""
 
 _numbers = itertools.count()
 
-Buffer = memoryview
 Identity = tuple[int, int, int, int]
 """Device, inode, bytes, and time of change in nanoseconds: a file rewritten is another one."""
 
@@ -140,7 +139,7 @@ class ShardFile:
                 raise CheckpointError(self.path, f"it ends at byte {size}: truncated while read")
             self.count(got)
             offset += got
-            waiting = _after(waiting, got)
+            waiting = after(waiting, got)
 
     def count(self, nbytes: int, *, is_direct: bool = False) -> None:
         """Note that so many bytes came from the file, perhaps past the page cache."""
@@ -256,22 +255,3 @@ class ShardFile:
         cache, self._page_cache = self._page_cache, None
         if cache is not None:
             cache.close()
-
-
-def _after(buffers: list[Buffer], got: int) -> list[Buffer]:
-    """What is left of these buffers once the first ``got`` bytes are filled."""
-    for position, buffer in enumerate(buffers):
-        if got < len(buffer):
-            return [buffer[got:], *buffers[position + 1 :]]
-        got -= len(buffer)
-    return []
-
-
-def memory_of(tensor: torch.Tensor) -> Buffer:
-    """The bytes of a contiguous CPU tensor, writable. It must outlive the result."""
-    return memory_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-
-
-def memory_at(address: int, length: int) -> Buffer:
-    """Bytes of this process, writable. They must outlive the result."""
-    return memoryview((ctypes.c_char * length).from_address(address)).cast("B")

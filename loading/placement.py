@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from weightlift.loading.batch import batch_copy
-from weightlift.loading.files import Buffer, memory_at, memory_of
+from weightlift.loading.buffers import Buffer, memory_at, memory_of
 from weightlift.loading.plan import Window
 from weightlift.loading.residency import PAGE
 from weightlift.loading.settings import MIB

@@ -7,7 +7,7 @@ import threading
 import torch
 
 from weightlift.loading.budget import ranks_here, reader_count, staging_limit
-from weightlift.loading.crew import SLOTS_A_READER, CrewSpec
+from weightlift.loading.crew_spec import SLOTS_A_READER, CrewSpec
 from weightlift.loading.crews import crews
 from weightlift.loading.feeder import CrewReaders
 from weightlift.loading.placement import HOST_WINDOW_BYTES

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from weightlift.loading.buffers import Buffer, memory_of
 from weightlift.loading.checkpoint import Checkpoint, Shard
-from weightlift.loading.files import Buffer, Identity, memory_of
+from weightlift.loading.files import Identity
 from weightlift.loading.staging import page_aligned, register, unregister
 
 READ_BYTES = 256 << 20

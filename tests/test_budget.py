@@ -10,7 +10,7 @@ import torch
 
 import weightlift
 from weightlift.loading import budget, memory, readers, stage
-from weightlift.loading.crew import SLOTS_A_READER, CrewSpec
+from weightlift.loading.crew_spec import SLOTS_A_READER, CrewSpec
 from weightlift.loading.crews import Crews
 from weightlift.loading.readers import ALONE_CHUNK_BYTES, SHARED_CHUNK_BYTES, crew_for
 from weightlift.loading.settings import Settings

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from weightlift.loading import crew as crew_module
 from weightlift.loading import crews as crews_module
 from weightlift.loading import feeder
-from weightlift.loading.crew import SLOTS_A_READER, Crew, CrewSpec
+from weightlift.loading.chunks import Journey, chunks_of
+from weightlift.loading.crew import Crew
+from weightlift.loading.crew_spec import SLOTS_A_READER, CrewSpec
 from weightlift.loading.crews import Crews, crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
-from weightlift.loading.feeder import Journey, chunks_of
 from weightlift.loading.files import ShardFile, Way
 from weightlift.loading.placement import HostWriter
 from weightlift.loading.plan import Window
@@ -224,7 +225,8 @@ def test_a_crew_that_cannot_start_leaves_nothing_behind(
 def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None:
     program = (
         "import os\n"
-        "from weightlift.loading.crew import Crew, CrewSpec\n"
+        "from weightlift.loading.crew import Crew\n"
+        "from weightlift.loading.crew_spec import CrewSpec\n"
         "crew = Crew(CrewSpec(2, 1 << 20)); crew.start()\n"
         "print(crew._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"

@@ -12,9 +12,10 @@ import torch
 
 from weightlift.loading import residency
 from weightlift.loading.benchmark import prepare_cache
+from weightlift.loading.buffers import memory_of
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.errors import CheckpointError
-from weightlift.loading.files import ShardFile, memory_of
+from weightlift.loading.files import ShardFile
 from weightlift.loading.report import LoadReport
 from weightlift.loading.residency import PAGE
 from weightlift.loading.settings import Settings

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +20,7 @@ from weightlift.loading.settings import Settings
 from weightlift.loading.transaction import active_transaction
 from weightlift.patches.sglang.architectures import configuration, families_of
 from weightlift.patches.sglang.history import history_of
+from weightlift.patches.shadow import shadowed
 
 
 class PlannedLoad:
@@ -69,25 +68,13 @@ class PlannedLoad:
         """Whether this updates the whole model, so that nothing may be missing."""
         return self._transaction is not None and self._transaction.is_whole
 
-    @contextmanager
-    def replacing_load_weights(self) -> Iterator[None]:
+    def replacing_load_weights(self) -> AbstractContextManager[None]:
         """Within this, ``model.load_weights`` gets lazy tensors and returns with all in place.
 
-        The method is shadowed on the instance, the one point that every release calls between
-        making the iterator and post-processing what was loaded.
+        It is the one point that every release calls between making the iterator and post-processing
+        what was loaded.
         """
-        original: Any = self._model.load_weights
-        own = vars(self._model)
-        before = own.get("load_weights")
-        own["load_weights"] = functools.wraps(original)(
-            functools.partial(self._load_weights, original)
-        )
-        try:
-            yield
-        finally:
-            del own["load_weights"]
-            if before is not None:
-                own["load_weights"] = before
+        return shadowed(self._model, "load_weights", self._load_weights)
 
     def _load_weights(self, original: Any, weights: NamedWeights, *args: Any, **kwargs: Any) -> Any:
         was_meta = meta_names(self._model)

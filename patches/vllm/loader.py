@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, NamedWeights, active_session
 from weightlift.loading.settings import Settings
 from weightlift.patches import VLLM
+from weightlift.patches.shadow import shadowed
 
 logger = logging.getLogger("weightlift")
 
@@ -105,12 +106,10 @@ def _load_by_plan(
     return result
 
 
-@contextmanager
-def _planned_by(session: LoadSession, model: torch.nn.Module) -> Iterator[None]:
+def _planned_by(session: LoadSession, model: torch.nn.Module) -> AbstractContextManager[None]:
     """Within this, ``model.load_weights`` gets lazy tensors and returns with all in place."""
-    original: Any = model.load_weights
 
-    def load_weights(weights: NamedWeights, *args: Any, **kwargs: Any) -> Any:
+    def load_weights(original: Any, weights: NamedWeights, *args: Any, **kwargs: Any) -> Any:
         was_meta = meta_names(model)
         with session:
             with session.armed():
@@ -118,15 +117,7 @@ def _planned_by(session: LoadSession, model: torch.nn.Module) -> Iterator[None]:
             session.finish(model, was_meta)
         return result
 
-    own = vars(model)
-    before = own.get("load_weights")
-    own["load_weights"] = functools.wraps(original)(load_weights)
-    try:
-        yield
-    finally:
-        del own["load_weights"]
-        if before is not None:
-            own["load_weights"] = before
+    return shadowed(model, "load_weights", load_weights)
 
 
 def _safetensors_iterator(

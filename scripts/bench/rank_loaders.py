@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from model import Sharded
 
+from weightlift.loading.buffers import memory_of
 from weightlift.loading.checkpoint import shard_paths
 from weightlift.loading.exchange import Exchange
 from weightlift.loading.families import Families
-from weightlift.loading.files import memory_of
 from weightlift.loading.group import TorchGroup
 from weightlift.loading.parameters import Parameters
 from weightlift.loading.planner import Planner

@@ -8,6 +8,8 @@ collect=true for a model whose loader collects the whole stream, as thinkers do,
 engine with every patch taken off.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import hashlib
