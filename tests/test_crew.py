@@ -142,10 +142,10 @@ def test_readers_that_do_not_answer_are_given_up_and_their_memory_too(
 ) -> None:
     weights = {"w": torch.randn(100, 100)}
     (path,) = save(weights)
-    monkeypatch.setattr(crew_module, "ANSWER_SECONDS", 0.3)
     fill(path, weights)
     before = own._kept
     assert before is not None
+    monkeypatch.setattr(crew_module, "ANSWER_SECONDS", 2.0)
     os.kill(family(supervisor(before))[0], how)
     fill(path, weights)
     assert own._kept is not before
