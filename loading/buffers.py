@@ -1,12 +1,25 @@
-"""Memory of this process as buffers that reads can fill."""
+"""Memory of this process as buffers that reads can fill, or that hold what was read before."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 Buffer = memoryview
+
+
+class Staged(Protocol):
+    """Bytes of a file that are in memory already."""
+
+    def view(self, start: int, stop: int) -> torch.Tensor | None:
+        """The bytes from ``start`` to ``stop``, if all of them are."""
+
+    def read_into(self, start: int, buffers: Sequence[Buffer]) -> bool:
+        """Fill these buffers from byte ``start`` on; False if not all of it is there."""
+        ...
 
 
 def after(buffers: list[Buffer], got: int) -> list[Buffer]:

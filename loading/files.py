@@ -8,11 +8,11 @@ import os
 import stat
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
-from weightlift.loading.buffers import Buffer, after
+from weightlift.loading.buffers import Buffer, Staged, after
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.residency import PAGE, PageCache, can_bypass_cache
 
@@ -26,17 +26,6 @@ _numbers = itertools.count()
 
 Identity = tuple[int, int, int, int]
 """Device, inode, bytes, and time of change in nanoseconds: a file rewritten is another one."""
-
-
-class Staged(Protocol):
-    """Bytes of a file that are in memory already."""
-
-    def view(self, start: int, stop: int) -> torch.Tensor | None:
-        """The bytes from ``start`` to ``stop``, if all of them are."""
-
-    def read_into(self, start: int, buffers: Sequence[Buffer]) -> bool:
-        """Fill these buffers from byte ``start`` on; False if not all of it is there."""
-        ...
 
 
 class Way(NamedTuple):
