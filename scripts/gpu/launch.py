@@ -1,13 +1,17 @@
-"""The real SGLang server on this GPU, stock and with weightlift in turn: load times and tokens.
+"""The real SGLang server on this GPU, stock, with weightlift and with peers in turn: load times, tokens.
 
-launch.py CHECKPOINT OUT [LAUNCHES [FLAG ...]]    more flags for the server, such as --tp-size 2
+launch.py CHECKPOINT OUT [--rounds N] [--ways WAY ...] [FLAG ...]
 
-Prints a table and writes OUT/launch.json. Needs SGLang and weightlift in this Python's path. The
-first launch, a stock one, compiles kernels; it counts if there are fewer than three.
+A way is stock, weightlift, exchange (weightlift, ranks share the reading) or what --load-format
+takes, such as fastsafetensors. Other flags go to the server (--tp-size 2).
+
+Prints a table and writes OUT/launch.json. Needs SGLang and weightlift in this Python's path. A
+stock launch that compiles kernels comes first and does not count.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -32,6 +36,7 @@ FLAGS = (
     "--grammar-backend none --disable-radix-cache --disable-cuda-graph --mem-fraction-static 0.6 "
     "--port 30000"
 ).split()
+OURS = ("weightlift", "exchange")
 START_SECONDS = 150
 UPDATES = 3
 
@@ -42,7 +47,7 @@ def ask(route: str, body: dict[str, Any] | None = None) -> Any:
     request = urllib.request.Request(
         f"{URL}/{route}", data=data, headers={"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=180) as answer:
         return json.loads(answer.read() or b"null")
 
 
@@ -58,12 +63,14 @@ def wait_until_up(server: subprocess.Popen[bytes], log: Path) -> None:
     raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
-def run(model: str, logs: Path, *, weightlift: bool, name: str) -> dict[str, Any]:
+def run(model: str, logs: Path, way: str, name: str, flags: list[str]) -> dict[str, Any]:
     """One launch: what its log and its answers tell."""
     log, report = logs / f"{name}.log", logs / f"{name}.jsonl"
-    environ = dict(os.environ, WEIGHTLIFT=str(int(weightlift)), WEIGHTLIFT_REPORT=str(report))
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *FLAGS]
-    command += sys.argv[4:]
+    is_ours = way in OURS
+    environ = dict(os.environ, WEIGHTLIFT=str(int(is_ours)), WEIGHTLIFT_REPORT=str(report))
+    environ["WEIGHTLIFT_EXCHANGE"] = "auto" if way == "exchange" else "off"
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *FLAGS, *flags]
+    command += [] if is_ours or way == "stock" else ["--load-format", way]
     with log.open("wb") as file:
         server = subprocess.Popen(
             command, stdout=file, stderr=file, env=environ, start_new_session=True
@@ -82,12 +89,12 @@ def run(model: str, logs: Path, *, weightlift: bool, name: str) -> dict[str, Any
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     elapsed = re.findall(r"Load weight end\. elapsed=([\d.]+)", log.read_text())
-    loads = [json.loads(line) for line in report.read_text().splitlines()] if weightlift else []
+    loads = [json.loads(line) for line in report.read_text().splitlines()] if is_ours else []
     for load in loads:
         load["model_path"] = Path(load["model_path"]).name
     return {
         "name": name,
-        "weightlift": weightlift,
+        "way": way,
         "load_weight_s": max(map(float, elapsed), default=None),
         "updates_s": updates,
         "reports": loads,
@@ -96,34 +103,44 @@ def run(model: str, logs: Path, *, weightlift: bool, name: str) -> dict[str, Any
     }
 
 
+def line_of(result: dict[str, Any]) -> str:
+    """What a launch took, in one line."""
+    inner = [f"{load['seconds']:.3f}" for load in result["reports"]]
+    updates = " ".join(f"{seconds:.3f}" for seconds in result["updates_s"])
+    return (
+        f"{result['name']:10s} {result['way']:15s} Load weight {result['load_weight_s']} s, "
+        f"updates {updates} s, inside {' '.join(inner)}"
+    )
+
+
+def medians_of(way: str, results: list[dict[str, Any]]) -> str:
+    """The medians of the launches of a way, in one line."""
+    mine = [result for result in results if result["way"] == way]
+    launch = statistics.median(result["load_weight_s"] for result in mine)
+    update = statistics.median(second for result in mine for second in result["updates_s"])
+    return f"{way:15s} median: Load weight {launch:.2f} s, update {update:.3f} s"
+
+
 def main() -> None:
     """Run, print, write."""
-    model, out = sys.argv[1], Path(sys.argv[2])
-    launches = int(sys.argv[3]) if len(sys.argv) > 3 else 5
-    out.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", default=["stock", "weightlift"])
+    given, flags = parser.parse_known_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     logs = Path(tempfile.mkdtemp())
     results = []
-    for number in range(launches):
-        name = f"launch-{number}"
-        result = run(model, logs, weightlift=number % 2 == 1, name=name)
+    for number, way in enumerate(["stock", *given.ways * given.rounds]):
+        result = run(given.model, logs, way, f"launch-{number}", flags)
         results.append(result)
-        inner = [f"{load['seconds']:.3f}" for load in result["reports"]]
-        print(
-            f"{name:9s} {'weightlift' if result['weightlift'] else 'stock':10s} "
-            f"Load weight {result['load_weight_s']} s, updates "
-            f"{' '.join(f'{seconds:.3f}' for seconds in result['updates_s'])} s, "
-            f"inside {' '.join(inner)}",
-            flush=True,
-        )
-        (out / "launch.json").write_text(json.dumps(results, indent=1))
+        print(line_of(result), flush=True)
+        (given.out / "launch.json").write_text(json.dumps(results, indent=1))
     assert len({str(result["tokens"]) for result in results}) == 1, "the tokens differ"
     assert all(result["tokens"] == result["tokens_after_update"] for result in results)
-    timed = results[1:] if launches > 2 else results
-    for kind in ("stock", "weightlift"):
-        mine = [result for result in timed if result["weightlift"] == (kind == "weightlift")]
-        launch = statistics.median(result["load_weight_s"] for result in mine)
-        update = statistics.median(second for result in mine for second in result["updates_s"])
-        print(f"{kind:10s} median: Load weight {launch:.2f} s, update {update:.3f} s")
+    for way in given.ways:
+        print(medians_of(way, results[1:]))
     print("the tokens are the same in all launches, before and after updates")
 
 
