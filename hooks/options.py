@@ -64,7 +64,13 @@ OPTIONS: tuple[Option, ...] = (
         env="WEIGHTLIFT_MULTITHREAD_LOAD",
         help="Load weights with weightlift's readers. On once weightlift is installed; given "
         "on purpose, a load that must fall back to the engine's own loader is an error.",
-        flags={"sglang": ("--enable-multithread-load", "--disable-multithread-load")},
+        flags={
+            "sglang": ("--enable-multithread-load", "--disable-multithread-load"),
+            **dict.fromkeys(
+                ("vllm", "vllm_omni"),
+                ("--enable-multithread-weight-load", "--disable-multithread-weight-load"),
+            ),
+        },
         is_switch=True,
     ),
     Option(
@@ -81,7 +87,11 @@ OPTIONS: tuple[Option, ...] = (
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
         help="Readers of each process that loads. Default: one a core of its share, from 2 to 12.",
-        flags={"sglang": ("--num-load-threads",)},
+        flags={
+            "sglang": ("--num-load-threads",),
+            "vllm": ("--num-weight-load-threads",),
+            "vllm_omni": ("--num-weight-load-threads",),
+        },
         metavar="N",
     ),
     Option(

@@ -7,7 +7,7 @@ imports nothing but ``os`` and ``sys``, never raises and never exits.
 import os
 import sys
 
-ENGINES = frozenset({"sglang", "vllm"})
+ENGINES = frozenset({"sglang", "vllm", "vllm_omni"})
 
 
 class EngineWatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from weightlift.loading.errors import WeightliftError
 
@@ -45,6 +45,16 @@ class Settings:
     untested_versions: bool = False
     asked: frozenset[str] = field(default=frozenset())
 
+    def with_threads(self, threads: object) -> Settings:
+        """These, with the readers that an engine's own configuration names, if the user named none.
+
+        Args:
+            threads: What stands in the configuration; anything but a positive whole number is none.
+        """
+        if "num_load_threads" in self.asked or not isinstance(threads, int) or threads < 1:
+            return self
+        return replace(self, num_load_threads=threads)
+
     def insist(self, reason: str) -> str:
         """Why a load is left to the engine, unless the user asked for what is now not to be had.
 
@@ -53,8 +63,8 @@ class Settings:
         """
         if self.multithread_load and "multithread_load" in self.asked:
             raise WeightliftError(
-                f"multithread load was asked for and cannot be had here: {reason}. Leave out "
-                "--enable-multithread-load (or its variable or YAML key) to load with the engine's "
-                "own loader."
+                f"multithread load was asked for and cannot be had here: {reason}. Leave out the "
+                "flag that enables it (or its variable or YAML key) to load with the engine's own "
+                "loader."
             )
         return reason

@@ -96,13 +96,32 @@ SGLANG = Integration(
 
 VLLM = Integration(
     engine="vllm",
-    versions=">=0.28,<0.33",
-    newest="0.32.0",
+    versions=">=0.14,<0.34",
+    newest="0.33.0",
     patch_files=(
         PatchFile(
             "vllm.model_executor.model_loader.default_loader", "weightlift.patches.vllm.loader"
         ),
+        PatchFile("vllm.entrypoints.cli.serve", "weightlift.patches.vllm.flags"),
+        PatchFile("vllm.entrypoints.llm", "weightlift.patches.vllm.flags"),
     ),
 )
 
-INTEGRATIONS: tuple[Integration, ...] = (SGLANG, VLLM)
+VLLM_OMNI = Integration(
+    engine="vllm_omni",
+    versions=">=0.14,<0.31",
+    newest="0.30.0",
+    patch_files=(
+        PatchFile(
+            "vllm_omni.diffusion.model_loader.diffusers_loader",
+            "weightlift.patches.vllm_omni.loader",
+        ),
+        PatchFile("vllm_omni.entrypoints.cli.serve", "weightlift.patches.vllm_omni.flags"),
+        PatchFile("vllm_omni.entrypoints.omni", "weightlift.patches.vllm_omni.flags", "<0.18"),
+        PatchFile(
+            "vllm_omni.entrypoints.omni_base", "weightlift.patches.vllm_omni.flags", ">=0.18"
+        ),
+    ),
+)
+
+INTEGRATIONS: tuple[Integration, ...] = (SGLANG, VLLM, VLLM_OMNI)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ from typing import Any
 import pytest
 from engines import environment
 from engines.checkpoints import make_checkpoint
+from engines.runs import Runs, run_cases
 
-HARNESS = Path(__file__).parent / "engines/vllm_harness.py"
 ASKED = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1"}
 VERSIONS = (
     environment.VLLM_VERSIONS
@@ -22,29 +20,6 @@ VERSIONS = (
 )
 
 pytestmark = pytest.mark.engine
-
-
-class Runs:
-    """What the cases of one release told."""
-
-    def __init__(self, output: str, reports: Path) -> None:
-        self.output = output
-        self.told: dict[str, list[dict[str, Any]]] = {}
-        for line in output.splitlines():
-            if line.startswith("RESULT "):
-                told = json.loads(line.removeprefix("RESULT "))
-                self.told.setdefault(told["case"], []).append(told)
-        lines = reports.read_text().splitlines() if reports.exists() else []
-        self.reports = [json.loads(line) for line in lines]
-
-    def error(self, case: str) -> str:
-        """Of its first rank."""
-        return str(self.told[case][0]["error"])
-
-    def hashes(self, case: str) -> dict[int, str]:
-        """By rank."""
-        assert all("hash" in told for told in self.told[case]), self.told[case]
-        return {told["rank"]: told["hash"] for told in self.told[case]}
 
 
 MODELS = ("qwen3", "qwen3moe")
@@ -70,7 +45,7 @@ def cases_of(folder: Path) -> list[dict[str, Any]]:
         *cases,
         {**dense, "name": "processes", "env": processes},
         {**dense, "name": "collected", "collect": True, "env": ASKED},
-        {**dense, "name": "not asked"},
+        {**dense, "name": "off", "env": {"WEIGHTLIFT_MULTITHREAD_LOAD": "0"}},
         {**dense, "name": "eager", "options": eager, "env": ASKED},
         {"model": str(broken), "name": "broken", "env": ASKED},
     ]
@@ -78,21 +53,8 @@ def cases_of(folder: Path) -> list[dict[str, Any]]:
 
 def run(version: str, folder: Path) -> Runs:
     """All cases, for one import of the engine."""
-    cases = cases_of(folder)
-    (folder / "cases.json").write_text(json.dumps(cases))
     engine = environment.vllm(version, Path(sys.executable))
-    reports = folder / "reports.jsonl"
-    ran = subprocess.run(
-        [sys.executable, str(HARNESS), str(folder / "cases.json")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-        env={**environment.vllm_environ(engine), "WEIGHTLIFT_REPORT": str(reports)},
-    )
-    found = Runs(ran.stdout, reports)
-    assert len(found.told) == len(cases), ran.stdout
-    return found
+    return run_cases("vllm_harness.py", cases_of(folder), folder, engine)
 
 
 # One test a release: each worker that has one of it imports the engine and runs all cases.
@@ -103,7 +65,7 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
         for size in (1, 2):
             stock, planned = runs.hashes(f"{kind} {size} stock"), runs.hashes(f"{kind} {size}")
             assert planned == stock and len(planned) == size, f"{kind} on {size} ranks"
-    for case in ("processes", "collected", "not asked"):
+    for case in ("processes", "collected", "off"):
         assert runs.hashes(case) == runs.hashes("qwen3 1 stock"), case
     # Weightlift did it: each model on one rank and on two, and the two cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]

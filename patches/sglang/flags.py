@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from weightlift.compat.context import Option, context_of
 from weightlift.compat.patch import Patch
-from weightlift.patches import SGLANG
+from weightlift.patches import SGLANG, arguments
 
 _MODULE = "sglang.srt.server_args"
 
@@ -20,54 +18,7 @@ def _add_cli_args(
 ) -> None:
     """Add the options after the engine's own, whose definitions win."""
     wrapped(*args, **kwargs)
-    parser: argparse.ArgumentParser = args[0] if args else kwargs["parser"]
-    group = parser.add_argument_group("weightlift", "Loading weights at the speed of the hardware")
-    for option in context_of("sglang").options:
-        flags = option.flags.get("sglang", ())
-        if flags and not any(flag in parser._option_string_actions for flag in flags):
-            _add_option(group, option, flags)
-
-
-def _add_option(group: Any, option: Option, flags: tuple[str, ...]) -> None:
-    if option.is_switch:
-        on, off = flags
-        group.add_argument(
-            on, dest=_destination(option), action="store_true", default=None, help=option.help
-        )
-        group.add_argument(
-            off,
-            dest=_destination(option),
-            action="store_false",
-            default=None,
-            help=f"The opposite of {on}.",
-        )
-    else:
-        (flag,) = flags
-        group.add_argument(
-            flag,
-            dest=_destination(option),
-            type=_argument(option),
-            metavar=option.metavar,
-            help=option.help,
-        )
-
-
-def _destination(option: Option) -> str:
-    """Where the parser keeps it: a name that no field of the engine has."""
-    return f"weightlift_{option.name}"
-
-
-def _argument(option: Option) -> Callable[[str], str]:
-    """The text as given, once it is found to make sense."""
-
-    def check(text: str) -> str:
-        try:
-            option.parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        return text
-
-    return check
+    arguments.add_options(args[0] if args else kwargs["parser"], "sglang")
 
 
 def _from_cli_args(
@@ -75,11 +26,7 @@ def _from_cli_args(
 ) -> Any:
     """Keep what was given, and let the engine have the rest."""
     namespace: argparse.Namespace = args[0] if args else kwargs["args"]
-    given = {
-        option.name: value
-        for option in context_of("sglang").options
-        if (value := getattr(namespace, _destination(option), None)) is not None
-    }
+    given = arguments.parsed(namespace, "sglang")
     extra = keep(given, getattr(namespace, "model_loader_extra_config", None))
     if extra is not None:
         namespace.model_loader_extra_config = extra
@@ -87,7 +34,7 @@ def _from_cli_args(
 
 
 def keep(given: Mapping[str, Any], extra_config: Any) -> Any:
-    """Hand settings to every process that loads, by environment; they inherit it.
+    """Hand settings to every process that loads.
 
     Args:
         given: Values by option name, switches as bool.
@@ -100,18 +47,8 @@ def keep(given: Mapping[str, Any], extra_config: Any) -> Any:
     Raises:
         ValueError: A value makes no sense, or contradicts ``extra_config``.
     """
-    texts = {}
-    for option in context_of("sglang").options:
-        if option.name in given:
-            value = given[option.name]
-            text = str(int(value)) if option.is_switch else str(value)
-            try:
-                option.parse(text)
-            except ValueError as error:
-                raise ValueError(f"{option.name}={value!r} {error}") from error
-            texts[option.env] = text
     extra_config = _agreeing(given.get("multithread_load"), extra_config)
-    os.environ.update(texts)
+    arguments.keep(given, "sglang")
     return extra_config
 
 

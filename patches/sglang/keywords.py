@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.patches import SGLANG
+from weightlift.patches import SGLANG, arguments
 from weightlift.patches.sglang.flags import keep
 
 _MODULE = "sglang.srt.entrypoints.engine"
@@ -21,39 +19,12 @@ def _engine_init(
 
     They hold for this engine alone: the environment, by which its processes get them, is put back.
     """
-    before = dict(os.environ)
-    extra = keep(_taken_out(kwargs), kwargs.get("model_loader_extra_config"))
-    if extra is not None and "server_args" not in kwargs:  # which come with a configuration
-        kwargs["model_loader_extra_config"] = extra
-    try:
+    with arguments.put_back("sglang"):
+        given = arguments.taken_out(kwargs, "sglang")
+        extra = keep(given, kwargs.get("model_loader_extra_config"))
+        if extra is not None and "server_args" not in kwargs:  # which come with a configuration
+            kwargs["model_loader_extra_config"] = extra
         wrapped(*args, **kwargs)
-    finally:
-        for option in context_of("sglang").options:
-            if option.env in before:
-                os.environ[option.env] = before[option.env]
-            else:
-                os.environ.pop(option.env, None)
-
-
-def _taken_out(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Remove weightlift's keywords; their values by option name. None says nothing.
-
-    Raises:
-        ValueError: A switch is asked to be on and off.
-    """
-    given: dict[str, Any] = {}
-    for option in context_of("sglang").options:
-        keywords = [flag[2:].replace("-", "_") for flag in option.flags.get("sglang", ())]
-        values = [kwargs.pop(keyword, None) for keyword in keywords]
-        if option.is_switch and keywords:
-            on, off = values
-            values = [None if on is None else bool(on), False if off else None]
-        values = [value for value in values if value is not None]
-        if len(set(values)) > 1:
-            raise ValueError(f"{' and '.join(keywords)} contradict each other")
-        if values:
-            given[option.name] = values[0]
-    return given
 
 
 PATCHES: tuple[Patch, ...] = (

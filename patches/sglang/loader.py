@@ -168,10 +168,7 @@ def _with_engine_config(settings: Settings, loader: Any) -> Settings:
     fast = wants_fast_load(loader)
     if fast is not None and "fast_load" not in settings.asked:
         settings = replace(settings, fast_load=fast)
-    threads = extra_config(loader).get("num_threads")
-    if "num_load_threads" in settings.asked or not isinstance(threads, int) or threads < 1:
-        return settings
-    return replace(settings, num_load_threads=threads)
+    return settings.with_threads(extra_config(loader).get("num_threads"))
 
 
 def _report(model: torch.nn.Module, weights: Any) -> LoadReport:

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +37,24 @@ VLLM_VERSIONS = ("0.28.0", "0.30.0", "0.32.0")
 VLLM_PINS = (
     *("transformers==5.13.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2", "xgrammar==0.2.8"),
     *("compressed-tensors==0.17.0", "openai==2.40.0", "cbor2==6.1.4", "tiktoken==0.14.0"),
+)
+OMNI_VERSIONS: Mapping[str, str] = {
+    "0.14.0": "0.14.1",
+    "0.16.0": "0.16.0",
+    "0.18.0": "0.18.1",
+    "0.20.0": "0.20.2",
+    "0.22.0": "0.22.1",
+    "0.24.0": "0.24.0",
+    "0.26.0": "0.26.0",
+    "0.28.0": "0.28.0",
+    "0.30.0": "0.30.0",
+}
+"""vLLM-Omni, each with the vLLM that it goes with."""
+OMNI_PINS = (
+    *("diffusers==0.38.0", "diskcache==5.6.3", "pydub==0.25.1", "omegaconf==2.3.0"),
+    *("antlr4-python3-runtime==4.9.3", "av==18.1.0", "blake3==1.0.11", "janus==2.0.0"),
+    *("mistral-common==1.13.1", "pydantic-extra-types==2.11.1", "pycountry==26.2.16"),
+    *("lm-format-enforcer==0.11.3",),
 )
 NEEDS_VLLM = re.compile(r"0\.4\.|0\.5\.[2-7](\.|$)")
 """Releases whose CPU path imports activation and norm layers from vLLM."""
@@ -150,12 +168,25 @@ def vllm(version: str, python: Path) -> Path:
     return folder
 
 
-def vllm_environ(folder: Path) -> dict[str, str]:
-    """The environment variables under which the release in this folder runs on a CPU."""
+def omni(version: str, python: Path) -> Path:
+    """A folder with this vLLM-Omni release and what it needs beside its vLLM, made once."""
+    key = hashlib.sha256(repr(OMNI_PINS).encode()).hexdigest()[:12]
+    folder = CACHE / f"omni-{key}" / version
+    if not (folder / DONE).exists():
+        say(f"unpacking vLLM-Omni {version}")
+        shutil.rmtree(folder, ignore_errors=True)
+        uv = (python.parent / "uv", "pip", "install", "-q", "-p", python, "--no-deps")
+        run(*uv, "--target", folder, f"vllm-omni=={version}", *OMNI_PINS)
+        (folder / DONE).touch()
+    return folder
+
+
+def vllm_environ(*folders: Path) -> dict[str, str]:
+    """The environment variables under which the releases in these folders run on a CPU."""
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return {
         **environ,
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join(map(str, (*folders, HERE.parent))),
         "PYTHONPYCACHEPREFIX": str(CACHE / "pyc"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -165,6 +196,7 @@ def vllm_environ(folder: Path) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_TARGET_DEVICE": "cpu",
     }
 
 

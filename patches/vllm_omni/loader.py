@@ -1,0 +1,96 @@
+"""``DiffusersPipelineLoader``: the weights of a diffusion pipeline come lazily.
+
+Every release has ``load_weights``, which makes one stream of all the sources of the pipeline, and
+makes it of the iterators under the names that the module imported. A plan takes all sources, so
+that the readers go from one to the next without a pause.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from weightlift.compat.context import context_of
+from weightlift.compat.patch import Patch
+from weightlift.loading.settings import Settings
+from weightlift.patches import VLLM_OMNI
+from weightlift.patches.planned import ITERATOR_NOTES, ModelLoad, safetensors_iterator
+
+_MODULE = "vllm_omni.diffusion.model_loader.diffusers_loader"
+
+
+def _load_weights(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Load by plan if this load allows it, else as the engine does."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    model, config = call["model"], getattr(instance, "od_config", None)
+    settings = context_of("vllm_omni").settings()
+    _tell(config, settings)
+    settings = settings.with_threads(getattr(config, "num_weight_load_threads", None))
+    refusal = _refusal(call, config, settings)
+    load = functools.partial(wrapped, *args, **kwargs)
+    return ModelLoad("vllm_omni", model, _path(model), load).run(settings, refusal)
+
+
+def _tell(config: Any, settings: Settings) -> None:
+    """Put our options where the engine looks, should it load by itself: 0.22 loses them on the way.
+
+    https://github.com/vllm-project/vllm-omni/issues/4040
+    """
+    for name, value in (
+        ("enable_multithread_weight_load", settings.multithread_load),
+        ("num_weight_load_threads", settings.num_load_threads),
+    ):
+        option = "multithread_load" if isinstance(value, bool) else "num_load_threads"
+        if option in settings.asked and hasattr(config, name):
+            setattr(config, name, value)
+
+
+def _refusal(call: Any, config: Any, settings: Settings) -> str:
+    """Why this load is left to the engine, or ''."""
+    if not settings.multithread_load or not getattr(config, "enable_multithread_weight_load", True):
+        return "multithread load is switched off"
+    if call.get("stream_online_quant_to_cpu"):
+        return "its layers are quantised and moved one by one"
+    if getattr(config, "quantization_config", None) is not None:
+        return "quantised weights were not tested with planned loading"
+    return ""
+
+
+def _path(model: Any) -> str:
+    """Where the pipeline's weights come from."""
+    sources = list(getattr(model, "weights_sources", ()))
+    return str(sources[0].model_or_path) if sources else ""
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        target=f"{_MODULE}:DiffusersPipelineLoader.load_weights",
+        versions=VLLM_OMNI.versions,
+        wrapper=_load_weights,
+        parameters=("model",),
+        why="The engine copies tensor by tensor on one thread while it reads, casts float32 weights "
+        "on that thread too, and loads one component after the other.",
+        how="Gives the pipeline's own `load_weights` lazy tensors, waits for the last byte, and "
+        "repeats the load natively if it cannot be planned.",
+        upstream="vllm-project/vllm-omni#5105 and #6478 propose pinned staging; neither is merged.",
+        drop_when="The engine's own loader reads all components at the speed of the hardware.",
+    ),
+    Patch(
+        target=f"{_MODULE}:safetensors_weights_iterator",
+        versions=VLLM_OMNI.versions,
+        wrapper=safetensors_iterator,
+        parameters=("hf_weights_files",),
+        **ITERATOR_NOTES,
+    ),
+    Patch(
+        target=f"{_MODULE}:multi_thread_safetensors_weights_iterator",
+        versions=">=0.18,<0.31",
+        wrapper=safetensors_iterator,
+        parameters=("hf_weights_files",),
+        **ITERATOR_NOTES,
+    ),
+)
