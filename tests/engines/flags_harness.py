@@ -1,0 +1,101 @@
+"""What the real command lines and constructors of vLLM and vLLM-Omni make of weightlift's options.
+
+flags_harness.py CASES.json    see ``engines.forked``
+
+A case has argv, what follows ``vllm serve``; or keywords, of ``LLM`` or ``Omni``; and omni=true for
+vLLM-Omni. The engine is stopped where it would start processes; what they would inherit is told.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from typing import Any
+
+from engines.forked import run_cases
+from engines.omni_harness import platform_for_loading
+
+
+class Stop(Exception):
+    """The engine would start its processes now."""
+
+
+def inherited() -> dict[str, str]:
+    """What a process started now is told by the environment."""
+    names = ("WEIGHTLIFT_MULTITHREAD_LOAD", "WEIGHTLIFT_NUM_LOAD_THREADS")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def stopping(seen: dict[str, Any]) -> Any:
+    """Stands for what starts processes: notes what it gets and stops."""
+
+    def stop(*_: Any, **kwargs: Any) -> None:
+        seen.update(environ=inherited(), kwargs=sorted(kwargs))
+        raise Stop
+
+    return stop
+
+
+def serve(argv: list[str], module: Any, command: Any) -> dict[str, Any]:
+    """``vllm serve`` up to its server, which runs in asyncio."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    maker = getattr(module, "TrackingArgumentParser", FlexibleArgumentParser)
+    parser: Any = maker()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args: argparse.Namespace = parser.parse_args(["serve", *argv])
+    seen: dict[str, Any] = {}
+    for name in ("run_server", "omni_run_server"):
+        if hasattr(module, name):
+            setattr(module, name, stopping(seen))
+    try:
+        command.cmd(args)
+    except Stop:
+        names = [name for name in vars(args) if name.startswith("weightlift")]
+        explicit = [name for name in getattr(args, "explicit_keys", ()) if name in names]
+        return {**seen, "left_over": names + explicit}
+    raise AssertionError("the server was not started")
+
+
+def construct(keywords: dict[str, Any], module: Any, starts: str, make: Any) -> dict[str, Any]:
+    """A constructor up to what it starts."""
+    seen: dict[str, Any] = {}
+    setattr(module, starts, stopping(seen))
+    try:
+        make(model=keywords.pop("model"), **keywords)
+    except Stop:
+        return {**seen, "after": inherited()}
+    raise AssertionError("nothing was started")
+
+
+def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
+    """One command line or one call."""
+    if "argv" in case:
+        package = "vllm_omni" if case.get("omni") else "vllm"
+        module = importlib.import_module(f"{package}.entrypoints.cli.serve")
+        command = module.OmniServeCommand() if case.get("omni") else module.ServeSubcommand()
+        return serve(case["argv"], module, command)
+    if not case.get("omni"):
+        module = importlib.import_module("vllm.entrypoints.llm")
+        return construct(case["keywords"], module, "EngineArgs", module.LLM)
+    from vllm_omni.entrypoints.omni import Omni
+
+    # What starts the stages: a method up to 0.16 and from 0.30, a class between
+    base = next(each for each in Omni.__mro__ if each.__name__ == "OmniBase")
+    for holder, name in (
+        (base, "_initialize_stages"),
+        (base, "_create_engine"),
+        (sys.modules[base.__module__], "AsyncOmniEngine"),
+    ):
+        if hasattr(holder, name):
+            return construct(case["keywords"], Omni if holder is base else holder, name, Omni)
+    raise AssertionError(f"{base} starts its stages in some other way")
+
+
+if __name__ == "__main__":
+    platform_for_loading()
+    run_cases(sys.argv[1], run)
