@@ -209,7 +209,7 @@ def prepare_cache(path: Path, state: str) -> None:
     with Checkpoint.from_path(path) as checkpoint:
         for shard in checkpoint.shards:
             if state == "cold":
-                _make_cold(shard.file.path)
+                make_cold(shard.file.path)
                 if shard.file.cached_bytes() > COLD_FRACTION * shard.file.size:
                     raise OSError(f"{shard.file.path} stays in the page cache")
             elif shard.file.cached_bytes() < shard.file.size:
@@ -217,7 +217,8 @@ def prepare_cache(path: Path, state: str) -> None:
                     shard.file.read(offset, min(16 << 20, shard.file.size - offset))
 
 
-def _make_cold(path: str) -> None:
+def make_cold(path: str | Path) -> None:
+    """Write a file back and take it out of the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # a dirty page cannot be dropped

@@ -15,18 +15,21 @@ vLLM in this Python's path (``scripts/gpu/bundle-omni``), without their compiled
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import torch
 from make_checkpoint import write
 
-from weightlift.loading.benchmark import drop_cache
+from weightlift.loading.benchmark import make_cold
 from weightlift.loading.ceilings import warm_ceiling
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
@@ -86,6 +89,7 @@ def load(part: str, folder: Path, way: str) -> dict[str, Any]:
     from vllm.config.load import LoadConfig
 
     omni.platform_for_loading("cuda")
+    without_torchvision()
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm_omni.diffusion.forward_context import set_forward_context
     from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
@@ -110,7 +114,7 @@ def load(part: str, folder: Path, way: str) -> dict[str, Any]:
         seconds = [timed(lambda: loader.load_weights(model)) for _ in range(CALLS)]
         if way in COLD:
             for file in folder.rglob("*.safetensors"):
-                drop_cache(file)
+                make_cold(file)
             seconds.append(timed(lambda: loader.load_weights(model)))
     sums = [
         int(value.detach().reshape(-1).view(torch.int16).to(torch.int64).sum())
@@ -119,6 +123,17 @@ def load(part: str, folder: Path, way: str) -> dict[str, Any]:
     nbytes = sum(value.nbytes for value in model.parameters())
     scratch = torch.cuda.max_memory_allocated() - held
     return {"seconds": seconds, "sums": hash(tuple(sums)), "nbytes": nbytes, "scratch": scratch}
+
+
+def without_torchvision() -> None:
+    """Let Wan's module be imported where there is no torchvision: it needs it for images alone."""
+    if importlib.util.find_spec("torchvision") is None:
+        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+            module = sys.modules[name] = types.ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            parent, _, own = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], own, module)
 
 
 def timed(load: Any) -> float:
