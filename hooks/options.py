@@ -62,8 +62,9 @@ OPTIONS: tuple[Option, ...] = (
         name="multithread_load",
         parse=_switch,
         env="WEIGHTLIFT_MULTITHREAD_LOAD",
-        help="Load weights with weightlift's readers. On once weightlift is installed; given "
-        "on purpose, a load that must fall back to the engine's own loader is an error.",
+        help="Load weights with weightlift's readers. On in SGLang once weightlift is installed, off "
+        "in vLLM and vLLM-Omni unless asked for; given on purpose, a load that must fall back to "
+        "the engine's own loader is an error.",
         flags={
             "sglang": ("--enable-multithread-load", "--disable-multithread-load"),
             **dict.fromkeys(
@@ -86,7 +87,8 @@ OPTIONS: tuple[Option, ...] = (
         name="num_load_threads",
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
-        help="Readers of each process that loads. Default: one a core of its share, from 2 to 12.",
+        help="Readers of each process that loads. Default: what the engine's own configuration says "
+        "(vLLM-Omni from 0.18: 4), else one a core of its share, from 2 to 12.",
         flags={
             "sglang": ("--num-load-threads",),
             "vllm": ("--num-weight-load-threads",),

@@ -6,6 +6,7 @@ What vLLM's and vLLM-Omni's loaders have in common. SGLang's knows updates and w
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, NamedWeights, active_session
 from weightlift.loading.settings import Settings
 from weightlift.patches.shadow import shadowed
+
+logger = logging.getLogger("weightlift")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ModelLoad:
     load: Callable[[], Any]
 
     def run(self, settings: Settings, refusal: str) -> Any:
-        """What the engine's load returns; a report is made either way.
+        """What the engine's load returns; a report is made of what weightlift was asked for.
 
         Args:
             settings: What holds for this load.
@@ -49,6 +52,13 @@ class ModelLoad:
             WeightliftError: It would be left to the engine, and the user asked for something else.
             CheckpointError: A shard is damaged.
         """
+        if "multithread_load" not in settings.asked:
+            logger.info(
+                "weightlift: %s loads by itself; --enable-multithread-weight-load (or "
+                "WEIGHTLIFT_MULTITHREAD_LOAD=1) has weightlift do it, which was not tried on a GPU",
+                self.engine,
+            )
+            return self.load()
         report = self._report()
         if refusal:
             report.fall_back(settings.insist(refusal))

@@ -6,6 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from weightlift.compat.context import Option
 from weightlift.compat.patch import Patch
 from weightlift.hooks.options import OPTIONS
 from weightlift.patches import INTEGRATIONS
@@ -34,16 +35,19 @@ def patches() -> str:
 def options() -> str:
     """The options as a Markdown table."""
     lines = [
-        "| option (YAML key) | variable | SGLang flag | what it does |",
-        "| --- | --- | --- | --- |",
+        "| option (YAML key) | variable | SGLang flag | vLLM and vLLM-Omni flag | what it does |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for option in OPTIONS:
-        flags = ", ".join(
-            f"`{flag} {option.metavar}`".replace(" `", "`") if not option.is_switch else f"`{flag}`"
-            for flag in option.flags.get("sglang", ())
-        )
-        lines.append(f"| `{option.name}` | `{option.env}` | {flags or '-'} | {option.help} |")
+        assert option.flags.get("vllm") == option.flags.get("vllm_omni"), "they share a column"
+        flags = " | ".join(_flags(option, engine) for engine in ("sglang", "vllm"))
+        lines.append(f"| `{option.name}` | `{option.env}` | {flags} | {option.help} |")
     return "\n".join(lines)
+
+
+def _flags(option: Option, engine: str) -> str:
+    shown = [f"`{flag} {option.metavar}".rstrip() + "`" for flag in option.flags.get(engine, ())]
+    return ", ".join(shown) or "-"
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def cases_of(pipelines: Path) -> list[dict[str, Any]]:
             case = {"kind": kind, "model": str(pipelines / kind), "tp": size}
             cases += [
                 {**case, "name": f"{kind} {size} stock", "stock": True},
-                {**case, "name": f"{kind} {size}"},
+                {**case, "name": f"{kind} {size}", "env": ASKED},
             ]
     wide = {"kind": "wan", "model": str(pipelines / "wide")}
     image = {"kind": "qwenimage", "model": str(pipelines / "qwenimage")}
@@ -54,7 +54,8 @@ def cases_of(pipelines: Path) -> list[dict[str, Any]]:
         {**wide, "name": "collected", "collect": True, "env": little},
         {**image, "name": "processes", "env": {**ASKED, "WEIGHTLIFT_READERS": "processes"}},
         {**image, "name": "off", "env": {"WEIGHTLIFT_MULTITHREAD_LOAD": "0"}},
-        {**image, "model": str(pipelines / "broken"), "name": "broken"},
+        {**image, "name": "not asked"},
+        {**image, "model": str(pipelines / "broken"), "name": "broken", "env": ASKED},
     ]
 
 
@@ -75,7 +76,7 @@ def test_stock_and_weightlift_leave_the_same(runs: Runs, pipelines: Path) -> Non
         for size in (1, 2):
             stock, planned = runs.hashes(f"{kind} {size} stock"), runs.hashes(f"{kind} {size}")
             assert planned == stock and len(planned) == size, f"{kind} on {size} ranks"
-    for case in ("processes", "off"):
+    for case in ("processes", "off", "not asked"):
         assert runs.hashes(case) == runs.hashes("qwenimage 1 stock"), case
     # Weightlift did it: each kind on one rank and on two, and the two cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]

@@ -16,7 +16,7 @@ ASKED = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1"}
 VERSIONS = (
     environment.VLLM_VERSIONS
     if os.environ.get("WEIGHTLIFT_TEST_MORE")
-    else environment.VLLM_VERSIONS[1:2]
+    else environment.VLLM_EVERYDAY
 )
 
 pytestmark = pytest.mark.engine
@@ -45,6 +45,7 @@ def cases_of(folder: Path) -> list[dict[str, Any]]:
         *cases,
         {**dense, "name": "processes", "env": processes},
         {**dense, "name": "collected", "collect": True, "env": ASKED},
+        {**dense, "name": "not asked"},
         {**dense, "name": "off", "env": {"WEIGHTLIFT_MULTITHREAD_LOAD": "0"}},
         {**dense, "name": "eager", "options": eager, "env": ASKED},
         {"model": str(broken), "name": "broken", "env": ASKED},
@@ -65,7 +66,7 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
         for size in (1, 2):
             stock, planned = runs.hashes(f"{kind} {size} stock"), runs.hashes(f"{kind} {size}")
             assert planned == stock and len(planned) == size, f"{kind} on {size} ranks"
-    for case in ("processes", "collected", "off"):
+    for case in ("processes", "collected", "off", "not asked"):
         assert runs.hashes(case) == runs.hashes("qwen3 1 stock"), case
     # Weightlift did it: each model on one rank and on two, and the two cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]

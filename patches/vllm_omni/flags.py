@@ -8,6 +8,7 @@ What they say goes into the environment as well: 0.22 drops them on the way to r
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,9 +84,8 @@ def _omni_init(
 
 def _has_fields() -> bool:
     """Whether this release has these settings itself."""
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
-
-    return hasattr(OmniDiffusionConfig, _THREADS)
+    data = importlib.import_module("vllm_omni.diffusion.data")
+    return hasattr(data.OmniDiffusionConfig, _THREADS)
 
 
 _NOTES = {

