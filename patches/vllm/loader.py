@@ -30,18 +30,18 @@ def _load_weights(
     load = ModelLoad(
         "vllm", call["model"], str(config.model), functools.partial(wrapped, *args, **kwargs)
     )
-    settings = with_engine_config(context_of("vllm").settings(), instance)
-    return load.run(settings, loader_refusal(instance, config, settings))
+    settings = _with_engine_config(context_of("vllm").settings(), instance)
+    return load.run(settings, _refusal(instance, config, settings))
 
 
-def with_engine_config(settings: Settings, loader: Any) -> Settings:
+def _with_engine_config(settings: Settings, loader: Any) -> Settings:
     """Threads of the engine's own configuration count where our option was not given."""
     given = loader.load_config.model_loader_extra_config
     threads = given.get("num_threads") if isinstance(given, Mapping) else None
     return settings.with_threads(threads)
 
 
-def loader_refusal(loader: Any, config: Any, settings: Settings) -> str:
+def _refusal(loader: Any, config: Any, settings: Settings) -> str:
     """Why what this loader of the engine loads is left to it, or ''."""
     given = loader.load_config
     wanted = str(getattr(given.load_format, "value", given.load_format))

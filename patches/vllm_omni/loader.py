@@ -51,7 +51,7 @@ def _tell(config: Any, settings: Settings) -> None:
 
 def _refusal(call: Any, config: Any, settings: Settings) -> str:
     """Why this load is left to the engine, or ''."""
-    if not settings.multithread_load or not getattr(config, "enable_multithread_weight_load", True):
+    if not settings.multithread_load:
         return "multithread load is switched off"
     if call.get("stream_online_quant_to_cpu"):
         return "its layers are quantised and moved one by one"

@@ -1,0 +1,46 @@
+"""The whole vLLM engine of this process's path: launch, generate, reload, generate.
+
+vllm_engine.py MODEL SECOND    prints ``RESULT [[tokens, hash], ...]``: of MODEL, then of SECOND after
+``reload_weights``, then of MODEL again. WEIGHTLIFT=0 for the stock engine.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from vllm import LLM, SamplingParams
+
+from engines.forked import state_hash
+
+PROMPT = {"prompt_token_ids": [10, 20, 30, 40]}
+
+
+def main(model: str, second: str) -> None:
+    """Run and tell."""
+    engine = LLM(
+        model=model,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_seqs=2,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    told = []
+    for path in (None, second, model):
+        if path:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        (answer,) = engine.generate(PROMPT, sampling, use_tqdm=False)
+        (state,) = engine.apply_model(state_hash)
+        told.append([list(answer.outputs[0].token_ids), state])
+    os.write(1, f"\nRESULT {json.dumps(told)}\n".encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

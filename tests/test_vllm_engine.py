@@ -1,0 +1,43 @@
+"""The whole vLLM engine on a CPU: the same tokens and parameters as stock, also after reloads."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import environment
+from engines.checkpoints import make_checkpoint
+from engines.runs import run_harness
+
+VERSIONS = ("0.28.0", "0.30.0") if os.environ.get("WEIGHTLIFT_TEST_MORE") else ("0.30.0",)
+KINDS = ("qwen3", "qwen3moe") if os.environ.get("WEIGHTLIFT_TEST_MORE") else ("qwen3",)
+
+pytestmark = pytest.mark.engine
+
+
+def told(version: str, models: list[Path], **environ: str) -> list[Any]:
+    """Tokens and hash after the launch and after each reload."""
+    engine = environment.vllm(version, Path(sys.executable))
+    output = run_harness("vllm_engine.py", models, engine, **environ)
+    (line,) = (line for line in output.splitlines() if line.startswith("RESULT "))
+    found: list[Any] = json.loads(line.removeprefix("RESULT "))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tokens_and_parameters_are_those_of_stock(version: str, kind: str, tmp_path: Path) -> None:
+    models = [make_checkpoint(tmp_path / str(seed), kind, seed, head=32) for seed in (1, 2)]
+    report = tmp_path / "report.jsonl"
+    asked = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1", "WEIGHTLIFT_REPORT": str(report)}
+    first, second, again = told(version, models, **asked)
+    assert [first, second, again] == told(version, models, WEIGHTLIFT="0")
+    assert first != second
+    if kind == "qwen3":  # a reload of experts leaves others than a launch, in the stock engine too
+        assert first == again
+    (launch,) = map(json.loads, report.read_text().splitlines())
+    assert launch["mode"] == "weightlift" and launch["planned"] > 0
