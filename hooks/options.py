@@ -87,8 +87,9 @@ OPTIONS: tuple[Option, ...] = (
         name="num_load_threads",
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
-        help="Readers of each process that loads. Default: what the engine's own configuration says "
-        "(vLLM-Omni from 0.18: 4), else one a core of its share, from 2 to 12.",
+        help="Readers of each process that loads with weightlift; asks for no such load by itself. "
+        "Default: what the engine's own configuration says (vLLM-Omni from 0.18: 4), else one a "
+        "core of its share, from 2 to 12.",
         flags={
             "sglang": ("--num-load-threads",),
             "vllm": ("--num-weight-load-threads",),

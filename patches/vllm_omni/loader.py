@@ -40,13 +40,12 @@ def _tell(config: Any, settings: Settings) -> None:
 
     https://github.com/vllm-project/vllm-omni/issues/4040
     """
-    for name, value in (
-        ("enable_multithread_weight_load", settings.multithread_load),
-        ("num_weight_load_threads", settings.num_load_threads),
+    for option, theirs in (
+        ("multithread_load", "enable_multithread_weight_load"),
+        ("num_load_threads", "num_weight_load_threads"),
     ):
-        option = "multithread_load" if isinstance(value, bool) else "num_load_threads"
-        if option in settings.asked and hasattr(config, name):
-            setattr(config, name, value)
+        if option in settings.asked and hasattr(config, theirs):
+            setattr(config, theirs, getattr(settings, option))
 
 
 def _refusal(call: Any, config: Any, settings: Settings) -> str:

@@ -55,9 +55,8 @@ def serve(argv: list[str], module: Any, command: Any) -> dict[str, Any]:
     try:
         command.cmd(args)
     except Stop:
-        names = [name for name in vars(args) if name.startswith("weightlift")]
-        explicit = [name for name in getattr(args, "explicit_keys", ()) if name in names]
-        return {**seen, "left_over": names + explicit}
+        names = [*vars(args), *getattr(args, "explicit_keys", ())]
+        return {**seen, "left_over": [name for name in names if name.startswith("weightlift")]}
     raise AssertionError("the server was not started")
 
 
