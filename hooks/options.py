@@ -62,9 +62,9 @@ OPTIONS: tuple[Option, ...] = (
         name="multithread_load",
         parse=_switch,
         env="WEIGHTLIFT_MULTITHREAD_LOAD",
-        help="Load weights with weightlift's readers. On in SGLang once weightlift is installed, off "
-        "in vLLM and vLLM-Omni unless asked for; given on purpose, a load that must fall back to "
-        "the engine's own loader is an error.",
+        help="Load weights with weightlift's readers. On in SGLang and vLLM-Omni once weightlift "
+        "is installed, off in vLLM unless asked for; given on purpose, a load that must fall back "
+        "to the engine's own loader is an error.",
         flags={
             "sglang": ("--enable-multithread-load", "--disable-multithread-load"),
             **dict.fromkeys(
@@ -88,8 +88,8 @@ OPTIONS: tuple[Option, ...] = (
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
         help="Readers of each process that loads with weightlift; asks for no such load by itself. "
-        "Default: what the engine's own configuration says (vLLM-Omni from 0.18: 4), else one a "
-        "core of its share, from 2 to 12.",
+        "Default: what the engine's own configuration says, unless that is its default too, else "
+        "one a core of its share, from 2 to 12.",
         flags={
             "sglang": ("--num-load-threads",),
             "vllm": ("--num-weight-load-threads",),
@@ -144,7 +144,7 @@ OPTIONS: tuple[Option, ...] = (
         env="WEIGHTLIFT_EXCHANGE",
         help="Have the ranks of one host each read a part of the checkpoint and pass it on over "
         "NVLink: auto for GPUs where that reads less, on also elsewhere, off. Where they cannot, each "
-        "reads for itself, and the report says why. Default: off, for it is new.",
+        "reads for itself, and the report says why. Default: auto.",
         flags={"sglang": ("--weight-exchange",)},
         metavar="MODE",
     ),

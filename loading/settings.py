@@ -40,7 +40,7 @@ class Settings:
     stage_gib: int = 0
     stage_watch: str = ""
     direct_io: str = "auto"
-    exchange: str = "off"
+    exchange: str = "auto"
     report: str = ""
     untested_versions: bool = False
     asked: frozenset[str] = field(default=frozenset())

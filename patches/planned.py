@@ -34,12 +34,14 @@ class ModelLoad:
         model: What is loaded; its ``load_weights`` is called once.
         path: Where the weights come from.
         load: Loads it as the engine does. Can be called again.
+        is_opt_in: Whether weightlift has to be asked for: it was not measured there on a GPU.
     """
 
     engine: str
     model: torch.nn.Module
     path: str
     load: Callable[[], Any]
+    is_opt_in: bool = False
 
     def run(self, settings: Settings, refusal: str) -> Any:
         """What the engine's load returns; a report is made of what weightlift was asked for.
@@ -52,7 +54,7 @@ class ModelLoad:
             WeightliftError: It would be left to the engine, and the user asked for something else.
             CheckpointError: A shard is damaged.
         """
-        if "multithread_load" not in settings.asked:
+        if self.is_opt_in and "multithread_load" not in settings.asked:
             logger.info(
                 "weightlift: %s loads by itself; --enable-multithread-weight-load (or "
                 "WEIGHTLIFT_MULTITHREAD_LOAD=1) has weightlift do it, which was not tried on a GPU",

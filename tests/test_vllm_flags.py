@@ -85,7 +85,7 @@ def test_options_reach_what_the_engine_starts(version: str, tmp_path: Path) -> N
     (tmp_path / "loads").mkdir()
     loaded = run_cases("omni_harness.py", loads, tmp_path / "loads", *omni_and_vllm(version))
     assert len({str(loaded.hashes(name)) for name in loaded.told}) == 1
-    reports = dict(zip(("threads", "on", "off"), loaded.reports, strict=True))
-    modes = [reports[name]["mode"] for name in ("threads", "on", "off")]
-    assert modes == ["weightlift", "weightlift", "stock"]
+    reports = dict(zip(("none", "threads", "on", "off"), loaded.reports, strict=True))
+    modes = [report["mode"] for report in reports.values()]
+    assert modes == ["weightlift", "weightlift", "weightlift", "stock"]
     assert reports["threads"]["threads"] == 7

@@ -28,7 +28,11 @@ def _load_weights(
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     config = call["model_config"]
     load = ModelLoad(
-        "vllm", call["model"], str(config.model), functools.partial(wrapped, *args, **kwargs)
+        "vllm",
+        call["model"],
+        str(config.model),
+        functools.partial(wrapped, *args, **kwargs),
+        is_opt_in=True,
     )
     settings = _with_engine_config(context_of("vllm").settings(), instance)
     return load.run(settings, _refusal(instance, config, settings))
