@@ -21,7 +21,7 @@ class Option:
         parse: Turns text into the value; raises ValueError with what is allowed.
         env: Its environment variable.
         help: One or two sentences for ``--help`` and the README.
-        flags: By engine, how its command line spells it. A switch has two: on, off.
+        flags: By engine or package of one, how its command line spells it. A switch has two: on, off.
         is_switch: Whether it is on or off, its flags taking no value.
         metavar: What the value stands for in ``--help``.
     """
@@ -59,5 +59,5 @@ def provide(context: Context) -> None:
 
 
 def context_of(engine: str) -> Context:
-    """The context of an engine whose patches are on."""
-    return _contexts[engine]
+    """The context of an engine whose patches are on, or of the one that a package is of."""
+    return _contexts[engine.partition(".")[0]]

@@ -84,6 +84,20 @@ OPTIONS: tuple[Option, ...] = (
         is_switch=True,
     ),
     Option(
+        name="parallel_module_load",
+        parse=_switch,
+        env="WEIGHTLIFT_PARALLEL_MODULE_LOAD",
+        help="In SGLang Diffusion, load the components of a pipeline with weightlift's readers, which "
+        "read the next ones while the engine builds one. Off unless asked for.",
+        flags={
+            "sglang.multimodal_gen": (
+                "--enable-parallel-module-load",
+                "--disable-parallel-module-load",
+            )
+        },
+        is_switch=True,
+    ),
+    Option(
         name="num_load_threads",
         parse=lambda text: _whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
@@ -92,6 +106,7 @@ OPTIONS: tuple[Option, ...] = (
         "one a core of its share, from 2 to 12.",
         flags={
             "sglang": ("--num-load-threads",),
+            "sglang.multimodal_gen": ("--num-load-threads",),
             "vllm": ("--num-weight-load-threads",),
             "vllm_omni": ("--num-weight-load-threads",),
         },

@@ -17,7 +17,7 @@ from weightlift.loading.buffers import memory_of
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.header import TensorEntry
-from weightlift.loading.lazy import LazyTensor, data_of, geometry, place_of
+from weightlift.loading.lazy import LazyTensor, as_reported, data_of, geometry, place_of
 from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
 from weightlift.loading.transfer import Transfer, extent
@@ -51,7 +51,8 @@ class Copies:
         """
         shape, stride, _, dtype = geometry(lazy)
         entry = lazy.source.entry
-        if not is_plain(target, shape) or lazy.source.realised is not None:
+        is_cast_twice = lazy.cast_to not in (None, target.dtype)
+        if is_cast_twice or not is_plain(target, shape) or lazy.source.realised is not None:
             self._blame(entry, "a copy that takes more than moving bytes")
             self._copy_now(target, lazy)
             return
@@ -73,6 +74,12 @@ class Copies:
         self.delivery.add(transfer)
         if self.is_exhausted:
             self.delivery.flush()
+
+    def land(self, lazy: LazyTensor) -> torch.Tensor:
+        """A real tensor in place of a lazy one, where and of the dtype that it says; filled later."""
+        target = as_reported(lazy, lazy.reported_device)
+        self.copy(target, lazy)
+        return target
 
     def _must_wait(self) -> bool:
         """Whether this thread's copies may wait: nothing may be written, and the guard is here."""

@@ -1,4 +1,4 @@
-"""What a load must not leave behind in a model: tensors without data."""
+"""Tensors without data that a load leaves in a model: found, or given memory of their own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,26 @@ def find_lazy(model: torch.nn.Module) -> str:
                 if _holds_lazy(value, _DEPTH):
                     return f"{prefix}.{name}".lstrip(".")
     return ""
+
+
+def adopt_lazy(model: torch.nn.Module) -> None:
+    """Replace lazy parameters and buffers by real ones, which are filled before the load ends.
+
+    Engines that build models on the meta device make parameters of what they were offered.
+    """
+    for module in model.modules():
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
+            for name, value in holder.items():
+                if isinstance(value, LazyTensor):
+                    holder[name] = _landed(value)
+
+
+def _landed(lazy: LazyTensor) -> torch.Tensor:
+    real = lazy.source.recorder.land(lazy)
+    if not isinstance(lazy, torch.nn.Parameter):
+        return real
+    return torch.nn.Parameter(real, requires_grad=lazy.requires_grad)
 
 
 def _holds_lazy(value: Any, depth: int) -> bool:

@@ -45,15 +45,23 @@ MAY_COPY = frozenset(
 
 GETTERS = frozenset(
     {
-        *_named(_T, "shape dtype ndim layout size stride dim ndimension numel nelement"),
-        *_named(_T, "element_size storage_offset is_contiguous __len__ is_floating_point"),
-        *_named(_T, "is_complex is_signed requires_grad requires_grad_ itemsize nbytes is_leaf"),
+        *_named(_T, "shape ndim layout size stride dim ndimension numel nelement"),
+        *_named(_T, "storage_offset is_contiguous __len__ requires_grad requires_grad_ is_leaf"),
         *_named(_T, "grad grad_fn __hash__ is_sparse is_quantized is_nested names is_conj is_neg"),
         *_named(_T, "is_inference _is_view"),
-        *_named(torch, "numel is_floating_point is_complex is_tensor"),
+        *_named(torch, "numel is_tensor"),
+        _T.requires_grad.__set__,  # type: ignore[attr-defined]
     }
 )
-"""Answered from shape, strides and dtype."""
+"""Answered from shape and strides."""
+
+DTYPE_GETTERS = frozenset(
+    {
+        *_named(_T, "dtype element_size itemsize nbytes is_floating_point is_complex is_signed"),
+        *_named(torch, "is_floating_point is_complex"),
+    }
+)
+"""Answered from shape and dtype."""
 
 DEVICE_GETTERS: dict[Function, str] = {
     getter: name
@@ -74,7 +82,7 @@ ESCAPES = frozenset(
 )
 """Needs the memory itself, or changes the tensor's own shape."""
 
-_BLIND = frozenset({*VIEWS, *GETTERS, *DEVICE_GETTERS}) - MAY_COPY
+_BLIND = frozenset({*VIEWS, *GETTERS, *DTYPE_GETTERS, *DEVICE_GETTERS}) - MAY_COPY
 _IN_PLACE_OPERATORS = frozenset(
     f"__i{name}__"
     for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()

@@ -19,8 +19,9 @@ from weightlift.loading.exchange import Exchange
 from weightlift.loading.files import ShardFile
 from weightlift.loading.guard import PendingGuard
 from weightlift.loading.header import TensorEntry
-from weightlift.loading.lazy import LazyTensor, lazy_tensor
-from weightlift.loading.leftovers import find_lazy, meta_names
+from weightlift.loading.lazy import CPU, LazyTensor
+from weightlift.loading.lazy_functions import lazy_tensor
+from weightlift.loading.leftovers import adopt_lazy, find_lazy, meta_names
 from weightlift.loading.progress import Progress
 from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
@@ -129,17 +130,27 @@ class LoadSession:
         self._checkpoints.append((checkpoint, drop_cache))
         return checkpoint
 
+    def adopt(self, model: torch.nn.Module) -> None:
+        """Put all in place, lazy tensors too that were made parameters or buffers of the model."""
+        adopt_lazy(model)
+        self.flush()
+
     def iterate(self, files: Iterable[str], *, drop_cache: bool = False) -> NamedWeights:
         """:meth:`open`, then what the loader must see of it."""
         checkpoint = self.open(files, drop_cache=drop_cache)
         self._plan_started = time.perf_counter()
         yield from self._weights(self, checkpoint)
 
-    def lazies(self, checkpoint: Checkpoint, wanted: Container[str] | None = None) -> NamedWeights:
+    def lazies(
+        self,
+        checkpoint: Checkpoint,
+        wanted: Container[str] | None = None,
+        device: torch.device = CPU,
+    ) -> NamedWeights:
         """The tensors of open shards, lazily: file by file as given, each sorted by name.
 
         That is the order of the stock iterators, and what some models rely on. With ``wanted``,
-        only these.
+        only these; they say that they are on ``device``.
         """
         is_heard = self.report.rank == 0
         with Progress(checkpoint.nbytes, self._bytes_read, visible=is_heard) as progress:
@@ -147,16 +158,16 @@ class LoadSession:
                 for name in sorted(shard.tensors):
                     if wanted is None or name in wanted:
                         progress.update()
-                        yield name, self._lazy(shard.tensors[name], shard.file)
+                        yield name, self._lazy(shard.tensors[name], shard.file, device)
 
-    def _lazy(self, entry: TensorEntry, file: ShardFile) -> LazyTensor:
+    def _lazy(self, entry: TensorEntry, file: ShardFile, device: torch.device) -> LazyTensor:
         """A tensor of the checkpoint, lazily."""
         self.report.tensors += 1
         if self.ledger is not None:
             self.ledger.offer(entry)
         source = Source(entry, file, self._copies)
         self._sources.add(source)
-        return lazy_tensor(source)
+        return lazy_tensor(source, device)
 
     def held_names(self) -> set[str]:
         """Tensors of which somebody still holds a lazy view: more may come of them."""

@@ -16,6 +16,7 @@ class Settings:
     Attributes:
         multithread_load: Whether loads go through weightlift at all.
         fast_load: Whether plans are derived from one layer of each kind.
+        parallel_module_load: Whether components of a diffusion pipeline load through weightlift.
         num_load_threads: Readers of this process; 0 chooses by its share of the cores.
         readers: What they are: ``auto`` for processes where a CUDA device is loaded to and threads
             elsewhere; ``processes`` or ``threads``.
@@ -34,6 +35,7 @@ class Settings:
 
     multithread_load: bool = True
     fast_load: bool = False
+    parallel_module_load: bool = False
     num_load_threads: int = 0
     readers: str = "auto"
     staging_mib: int = 256

@@ -22,6 +22,10 @@ class Recorder(Protocol):
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
         """Fill ``target``, now or before the load ends."""
 
+    def land(self, lazy: LazyTensor) -> torch.Tensor:
+        """A real tensor in place of a lazy one, which is filled before the load ends."""
+        ...
+
     def read(self, lazy: LazyTensor) -> torch.Tensor:
         """The data of a lazy tensor, on the CPU, with its shape and strides."""
         ...

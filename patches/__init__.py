@@ -69,6 +69,16 @@ class Integration:
         ]
 
 
+DIFFUSION = "sglang.multimodal_gen"
+"""SGLang Diffusion, a package of SGLang with flags and loaders of its own."""
+
+SGLANG_DIFFUSION = ">=0.5.9,<0.5.24"
+"""Its releases whose components the tests load; those before are of another make."""
+
+_DIFFUSION = f"{DIFFUSION}.runtime"
+_COMPONENTS = "weightlift.patches.sglang_diffusion.components"
+_DIFFUSION_FLAGS = "weightlift.patches.sglang_diffusion.flags"
+
 SGLANG = Integration(
     engine="sglang",
     versions=">=0.4.9.post2,<0.5.24",
@@ -90,6 +100,23 @@ SGLANG = Integration(
             "sglang.srt.model_executor.model_runner_components.weight_updater",
             "weightlift.patches.sglang.updates",
             ">=0.5.16",
+        ),
+        *(
+            PatchFile(f"{_DIFFUSION}.loader.{module}", _COMPONENTS, versions)
+            for module, versions in (
+                ("component_loaders.component_loader", SGLANG_DIFFUSION),
+                ("component_loaders.vae_loader", ">=0.5.9,<0.5.19"),
+                ("weight_utils", SGLANG_DIFFUSION),
+                ("fsdp_load", SGLANG_DIFFUSION),
+            )
+        ),
+        *(
+            PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_FLAGS, versions)
+            for module, versions in (
+                ("server_args", ">=0.5.9,<0.5.16"),
+                ("server_args.server_args", ">=0.5.16,<0.5.24"),
+                ("entrypoints.diffusion_generator", SGLANG_DIFFUSION),
+            )
         ),
     ),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from weightlift.compat.context import Option
 from weightlift.compat.patch import Patch
 from weightlift.hooks.options import OPTIONS
-from weightlift.patches import INTEGRATIONS
+from weightlift.patches import DIFFUSION, INTEGRATIONS
 
 TOP = Path(__file__).resolve().parents[1]
 PATCHES = TOP / "docs/patches.md"
@@ -35,12 +35,12 @@ def patches() -> str:
 def options() -> str:
     """The options as a Markdown table."""
     lines = [
-        "| option (YAML key) | variable | SGLang flag | vLLM and vLLM-Omni flag | what it does |",
-        "| --- | --- | --- | --- | --- |",
+        "| option (YAML key) | variable | SGLang | SGLang Diffusion | vLLM, vLLM-Omni | what it does |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for option in OPTIONS:
         assert option.flags.get("vllm") == option.flags.get("vllm_omni"), "they share a column"
-        flags = " | ".join(_flags(option, engine) for engine in ("sglang", "vllm"))
+        flags = " | ".join(_flags(option, engine) for engine in ("sglang", DIFFUSION, "vllm"))
         lines.append(f"| `{option.name}` | `{option.env}` | {flags} | {option.help} |")
     return "\n".join(lines)
 

@@ -69,6 +69,13 @@ OMNI_MORE_PINS: Mapping[str, tuple[str, ...]] = {
     "0.22.0": ("transformers==5.5.0",),
 }
 """What the imports of a release fail with newer ones of."""
+DIFFUSION_EVERYDAY = ("0.5.9", "0.5.11", "0.5.14", "0.5.18", "0.5.23")
+DIFFUSION_PINS = (
+    *("diffusers==0.37.0", "cloudpickle==3.1.2", "addict==2.4.0"),
+    *("remote-pdb==2.1.0", "imageio==2.37.2", "imageio-ffmpeg==0.6.0", "trimesh==4.9.0"),
+    *("opencv-python-headless==4.12.0.88", "av==16.1.0", "scikit-image==0.25.2", "lazy-loader==0.4"),
+)
+"""What ``sglang.multimodal_gen`` imports besides."""
 NEEDS_VLLM = re.compile(r"0\.4\.|0\.5\.[2-7](\.|$)")
 """Releases whose CPU path imports activation and norm layers from vLLM."""
 
@@ -200,6 +207,21 @@ def unpacked(name: str, version: str, python: Path, *requirements: str) -> Path:
             run(*uv, "--target", folder, *requirements)
             (folder / DONE).touch()
     return folder
+
+
+def diffusion(version: str, python: Path) -> Path:
+    """A folder with what SGLang Diffusion needs beside this SGLang, made if it is not there."""
+    metadata = sglang_folder(version) / f"sglang-{version}.dist-info/METADATA"
+    found = re.search(r"^Requires-Dist: cache-dit==([^;\s]+)", metadata.read_text(), re.MULTILINE)
+    cache_dit = found[1] if found else "1.2.0"
+    return unpacked("diffusion", cache_dit, python, f"cache-dit=={cache_dit}", *DIFFUSION_PINS)
+
+
+def diffusion_releases() -> list[str]:
+    """Those of SGLang Diffusion that tests run on: some every day, all with WEIGHTLIFT_TEST_MORE."""
+    if not os.environ.get("WEIGHTLIFT_TEST_MORE"):
+        return list(DIFFUSION_EVERYDAY)
+    return list(SGLANG_VERSIONS[SGLANG_VERSIONS.index(DIFFUSION_EVERYDAY[0]) :])
 
 
 def vllm(version: str, python: Path) -> Path:

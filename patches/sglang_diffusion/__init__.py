@@ -1,0 +1,1 @@
+"""SGLang Diffusion, which is the package ``sglang.multimodal_gen``."""

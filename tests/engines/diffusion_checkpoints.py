@@ -1,0 +1,218 @@
+"""Tiny random diffusion pipelines in diffusers' layout, which SGLang Diffusion loads and runs.
+
+diffusion_checkpoints.py wan|flux FOLDER SEED [WIDTH]
+
+The folder must have the name of the hub's model: SGLang Diffusion knows pipelines by it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors.torch
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+NAMES = {"wan": "Wan2.1-T2V-1.3B-Diffusers", "flux": "FLUX.1-dev"}
+WORDS = [*"abcdefghijklmnopqrstuvwxyz", "cat", "dog", "runs", "the"]
+
+
+def save(model: torch.nn.Module, folder: Path, dtype: torch.dtype, shard: str = "60KB") -> None:
+    """Write a component with random weights of this dtype."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    saved: Any = model.to(dtype)
+    saved.save_pretrained(folder, max_shard_size=shard)
+
+
+def make_wan(folder: Path, width: int) -> None:
+    """Wan 2.1: the transformer in float32, which is cast to bfloat16; three dtypes in all."""
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        text_dim=64,
+        freq_dim=32,
+        ffn_dim=width,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    )
+    save(transformer, folder / "transformer", torch.float32)
+    encoder = transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=128,
+            d_model=64,
+            d_kv=16,
+            d_ff=width,
+            num_layers=3,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+    save(encoder, folder / "text_encoder", torch.bfloat16)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )
+    save(vae, folder / "vae", torch.float32, "10GB")
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        num_train_timesteps=1000,
+        flow_shift=3.0,
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    written = folder / "scheduler/scheduler_config.json"
+    known = json.loads(written.read_text())
+    for name in ("shift_terminal", "sigma_min", "sigma_max"):  # which releases to 0.5.12 refuse
+        known.pop(name, None)
+    written.write_text(json.dumps(known))
+    _word_tokenizer().save_pretrained(folder / "tokenizer")
+    components = {
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    _index(folder, "WanPipeline", components)
+
+
+def make_flux(folder: Path, width: int) -> None:
+    """FLUX.1: two text encoders, fused projections, bfloat16 throughout."""
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    save(transformer, folder / "transformer", torch.bfloat16, "100KB")
+    block = {"block_out_channels": (16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    vae = diffusers.AutoencoderKL(
+        latent_channels=16,
+        sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.36,
+        shift_factor=0.11,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **block,
+    )
+    save(vae, folder / "vae", torch.bfloat16, "10GB")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters += [f"{letter}</w>" for letter in letters]
+    vocabulary = {
+        token: number
+        for number, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
+    }
+    clip = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=32,
+        max_position_embeddings=77,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=1,
+    )
+    _save_clip(transformers.CLIPTextModel(clip), folder / "text_encoder")
+    t5 = transformers.T5Config(
+        vocab_size=320,
+        d_model=32,
+        d_kv=16,
+        d_ff=width,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    save(transformers.T5EncoderModel(t5), folder / "text_encoder_2", torch.bfloat16)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    _clip_tokenizer(folder / "tokenizer", vocabulary)
+    _word_tokenizer().save_pretrained(folder / "tokenizer_2")
+    components = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    _index(folder, "FluxPipeline", components)
+
+
+def _save_clip(model: Any, folder: Path) -> None:
+    """Write CLIP with the names that published files have, which newer transformers leave out."""
+    save(model, folder, torch.bfloat16)
+    weights = {
+        name if name.startswith("text_model.") else f"text_model.{name}": value
+        for name, value in model.state_dict().items()
+        if not name.endswith("position_ids")
+    }
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _word_tokenizer() -> Any:
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=512, **special
+    )
+
+
+def _clip_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": "<|startoftext|>",
+        **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _index(folder: Path, pipeline: str, components: dict[str, list[str]]) -> None:
+    index = {"_class_name": pipeline, "_diffusers_version": "0.37.0", **components}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def main(kind: str, folder: str, seed: str, width: str = "64") -> None:
+    """Write one pipeline."""
+    torch.manual_seed(int(seed))
+    {"wan": make_wan, "flux": make_flux}[kind](Path(folder), int(width))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,220 @@
+"""Loads and runs pipelines with the real SGLang Diffusion of this process's path, on a CPU.
+
+diffusion_harness.py CASES.json    see ``engines.forked``
+
+A case has besides: model, and generate=true to make a video of its pipeline. Releases before 0.5.13
+get what later ones have for a CPU themselves; from 0.5.21 on two operators are compiled ones, which are
+written out here.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import types
+from typing import Any
+
+import torch
+
+from engines.forked import run_cases, state_hash
+
+_SDPA = "sglang.multimodal_gen.runtime.layers.attention.backends.sdpa.SDPABackend"
+STEPS = 2
+
+
+def platform_for_cpu() -> None:
+    """Give older releases what later ones have for a CPU themselves."""
+    from sglang.multimodal_gen.runtime.platforms import current_platform
+
+    answers = {
+        "get_torch_distributed_backend_str": "gloo",
+        "get_local_torch_device": torch.device("cpu"),
+        "get_attn_backend_cls_str": _SDPA,
+        "get_available_gpu_memory": 16.0,
+    }
+    if not hasattr(torch.cpu, "get_device_properties"):  # kernels up to 0.5.10 ask at import
+        properties = types.SimpleNamespace(warp_size=32, multi_processor_count=1)
+        torch.cpu.get_device_properties = lambda *_: properties
+    for name, answer in answers.items():
+        if name not in vars(type(current_platform)):
+            setattr(type(current_platform), name, classmethod(lambda *_, _is=answer, **__: _is))
+
+
+def operators_for_cpu() -> None:
+    """Write out the two compiled operators that pipelines of newer releases run on a CPU."""
+    if hasattr(torch.ops.sgl_kernel, "fused_norm_scale_shift_cpu"):
+        return
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    library.define(
+        "fused_norm_scale_shift_cpu(Tensor x, Tensor? weight, Tensor? bias, Tensor scale, "
+        "Tensor shift, str kind, float eps) -> Tensor"
+    )
+    library.define(
+        "fused_scale_residual_norm_scale_shift_cpu(Tensor residual, Tensor x, Tensor? gate, "
+        "Tensor? weight, Tensor? bias, Tensor scale, Tensor shift, str kind, float eps) "
+        "-> (Tensor, Tensor)"
+    )
+    kind = "CompositeExplicitAutograd"
+    library.impl("fused_norm_scale_shift_cpu", _norm_scale_shift, kind)
+    library.impl("fused_scale_residual_norm_scale_shift_cpu", _residual_norm, kind)
+    _kept.append(library)
+
+
+_kept: list[Any] = []
+
+
+def _norm_scale_shift(
+    x: Any, weight: Any, bias: Any, scale: Any, shift: Any, kind: str, eps: float
+) -> torch.Tensor:
+    shape, weight = (x.shape[-1],), None if weight is None else weight.float()
+    if kind == "layer":
+        bias = None if bias is None else bias.float()
+        normed = torch.nn.functional.layer_norm(x.float(), shape, weight, bias, eps)
+    else:
+        normed = torch.nn.functional.rms_norm(x.float(), shape, weight, eps)
+    found: torch.Tensor = (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+    return found
+
+
+def _residual_norm(
+    residual: Any,
+    x: Any,
+    gate: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    shift: Any,
+    kind: str,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    added = residual.float() + (x.float() if gate is None else x.float() * gate.float())
+    added = added.to(residual.dtype)
+    return _norm_scale_shift(added, weight, bias, scale, shift, kind, eps), added
+
+
+def build(case: dict[str, Any], port: int) -> tuple[Any, Any]:
+    """The engine's pipeline with its components loaded, and its arguments."""
+    from sglang.multimodal_gen.runtime import distributed
+    from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+    from sglang.multimodal_gen.runtime.server_args import (
+        prepare_server_args,
+        set_global_server_args,
+    )
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    where = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    flags = ["--model-path", case["model"], "--num-gpus", "1", "--tp-size", "1"]
+    flags += ["--attention-backend", "torch_sdpa", *case.get("flags", [])]
+    sys.argv[1:] = flags  # where releases up to 0.5.11 look for what was given
+    arguments = prepare_server_args(flags)
+    set_global_server_args(arguments)
+    start = distributed.maybe_init_distributed_environment_and_model_parallel
+    more = {"enable_cfg_parallel": False}
+    takes = start.__code__.co_varnames
+    start(
+        tp_size=1,
+        sp_size=1,
+        distributed_init_method=where,
+        **{name: value for name, value in more.items() if name in takes},
+    )
+    return build_pipeline(arguments), arguments
+
+
+def components_of(pipeline: Any) -> dict[str, Any]:
+    """What was loaded: class, state and where it is, by component."""
+    found = {}
+    for name, module in sorted(pipeline.modules.items()):
+        found[name] = {"class": f"{type(module).__module__}.{type(module).__qualname__}"}
+        if isinstance(module, torch.nn.Module):
+            parameters = list(module.parameters())
+            found[name]["state"] = state_hash(module)
+            found[name]["devices"] = sorted({str(item.device) for item in parameters})
+            found[name]["kinds"] = sorted({type(item).__name__ for item in parameters})
+            found[name]["gradients"] = sum(item.requires_grad for item in parameters)
+            found[name]["training"] = module.training
+    return found
+
+
+def process_state() -> dict[str, Any]:
+    """What a load may leave changed in the process and in this thread."""
+    from sglang.multimodal_gen.runtime.distributed import get_tp_group
+
+    layers = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "LayerNorm")
+    resets = {name: getattr(torch.nn, name).reset_parameters for name in layers}
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "reset_parameters": {name: method.__qualname__ for name, method in resets.items()},
+        "precision": str(_precision()),
+        "tensor parallel": str(get_tp_group().ranks),
+        "gradients": [torch.is_grad_enabled(), torch.is_inference_mode_enabled()],
+        "random": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+        "modes": torch._C._len_torch_function_stack(),
+    }
+
+
+def _precision() -> Any:
+    """The thread's mixed-precision policy, which the engine keeps in two places by release."""
+    for module in ("sglang.multimodal_gen.runtime.utils.precision", "sglang.multimodal_gen.utils"):
+        if importlib.util.find_spec(module) is not None:
+            found = getattr(importlib.import_module(module), "get_mixed_precision_state", None)
+            if found is not None:
+                return found()
+    raise AssertionError("the engine has no get_mixed_precision_state any more")
+
+
+def video_hash(pipeline: Any, arguments: Any) -> str:
+    """Of the pixels that the pipeline makes of a prompt."""
+    from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+    from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
+
+    given = {
+        "prompt": "the cat runs",
+        "negative_prompt": "the dog",
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "num_inference_steps": STEPS,
+        "seed": 1,
+        "save_output": False,
+        "guidance_scale": 3.0,
+    }
+    wanted = SamplingParams.from_user_sampling_params_args(
+        arguments.model_path, server_args=arguments, **given
+    )
+    request = prepare_request(server_args=arguments, sampling_params=wanted)
+    with torch.no_grad():
+        output = pipeline.forward(request, arguments).output
+    digest = hashlib.sha256()
+    for item in output if isinstance(output, list | tuple) else [output]:
+        tensor = torch.as_tensor(item).detach().contiguous().view(-1)
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
+    """Load the pipeline of a case, and run it if asked to."""
+    torch.manual_seed(0)
+    pipeline, arguments = build(case, port)
+    told = {"components": components_of(pipeline), "process": process_state()}
+    if case.get("generate"):
+        told["video"] = video_hash(pipeline, arguments)
+    return told
+
+
+def main(path: str) -> None:
+    """Import the engine, then run the cases."""
+    import sglang.multimodal_gen.runtime.pipelines_core  # noqa: F401
+
+    platform_for_cpu()
+    operators_for_cpu()
+    run_cases(path, run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
