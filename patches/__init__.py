@@ -72,7 +72,7 @@ class Integration:
 DIFFUSION = "sglang.multimodal_gen"
 """SGLang Diffusion, a package of SGLang with flags and loaders of its own."""
 
-SGLANG_DIFFUSION = ">=0.5.9,<0.5.24"
+SGLANG_DIFFUSION = ">=0.5.7,<0.5.24"
 """Its releases whose components the tests load; those before are of another make."""
 
 _DIFFUSION = f"{DIFFUSION}.runtime"
@@ -104,7 +104,8 @@ SGLANG = Integration(
         *(
             PatchFile(f"{_DIFFUSION}.loader.{module}", _COMPONENTS, versions)
             for module, versions in (
-                ("component_loaders.component_loader", SGLANG_DIFFUSION),
+                ("component_loader", ">=0.5.7,<0.5.9"),
+                ("component_loaders.component_loader", ">=0.5.9,<0.5.24"),
                 ("component_loaders.vae_loader", ">=0.5.9,<0.5.19"),
                 ("weight_utils", SGLANG_DIFFUSION),
                 ("fsdp_load", SGLANG_DIFFUSION),
@@ -113,7 +114,7 @@ SGLANG = Integration(
         *(
             PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_FLAGS, versions)
             for module, versions in (
-                ("server_args", ">=0.5.9,<0.5.16"),
+                ("server_args", ">=0.5.7,<0.5.16"),
                 ("server_args.server_args", ">=0.5.16,<0.5.24"),
                 ("entrypoints.diffusion_generator", SGLANG_DIFFUSION),
             )

@@ -68,6 +68,7 @@ class _Component:
         self, report: LoadReport, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         session = LoadSession(self._settings, report)
+        random_before = torch.get_rng_state()
         try:
             with session:
                 with session.armed():
@@ -85,6 +86,7 @@ class _Component:
             logger.warning("weightlift: %s is loaded again by the engine: %s", self._path, reason)
             report.fall_back(reason)
             report.tensors = 1
+            torch.set_rng_state(random_before)  # layers are initialised once more
             return original(*args, **kwargs)
 
 
@@ -193,19 +195,48 @@ _STATE_DICT_NOTES = {
     "drop_when": "The engine's own loader reads at the speed of the hardware.",
 }
 
+_COMPONENT_NOTES = {
+    "why": "Components load one after the other, from pageable memory: 63 of the 77 s in which a "
+    "Qwen-Image server starts (sgl-project/sglang#19087).",
+    "how": "With `--enable-parallel-module-load` the loader of each component gets lazy tensors. If it "
+    "cannot do with them it loads again with real ones; a damaged file is an error and not a reason "
+    "to load the native component.",
+    "upstream": "sgl-project/sglang#19092 is open; #19114, loaders in threads, was closed.",
+    "drop_when": "The engine loads its components at the speed of the hardware.",
+}
+_FILE_NOTES = {
+    "why": "It reads the whole file into pageable memory.",
+    "how": "Within a planned load it gives lazy tensors.",
+    "upstream": "From 0.5.20 on the engine's loader of VAEs takes the iterator.",
+    "drop_when": "Releases before 0.5.20 are not supported any more.",
+}
+
 PATCHES: tuple[Patch, ...] = (
-    Patch(
-        target=f"{_LOADER}.component_loaders.component_loader:ComponentLoader.load",
-        versions=">=0.5.9,<0.5.24",
-        wrapper=_load,
-        parameters=("component_model_path", "component_name"),
-        why="Components load one after the other, from pageable memory: 63 of the 77 s in which a "
-        "Qwen-Image server starts (sgl-project/sglang#19087).",
-        how="With `--enable-parallel-module-load` the loader of each component gets lazy tensors. If "
-        "it cannot do with them it loads again with real ones; a damaged file is an error and not a "
-        "reason to load the native component.",
-        upstream="sgl-project/sglang#19092 is open; #19114, loaders in threads, was closed.",
-        drop_when="The engine loads its components at the speed of the hardware.",
+    *(
+        Patch(
+            target=f"{_LOADER}.{module}:ComponentLoader.load",
+            versions=versions,
+            wrapper=_load,
+            parameters=("component_model_path",),
+            **_COMPONENT_NOTES,
+        )
+        for module, versions in (
+            ("component_loader", ">=0.5.7,<0.5.9"),
+            ("component_loaders.component_loader", ">=0.5.9,<0.5.24"),
+        )
+    ),
+    *(
+        Patch(
+            target=f"{_LOADER}.{module}:safetensors_load_file",
+            versions=versions,
+            wrapper=_load_file,
+            parameters=("filename",),
+            **_FILE_NOTES,
+        )
+        for module, versions in (
+            ("component_loader", ">=0.5.7,<0.5.9"),
+            ("component_loaders.vae_loader", ">=0.5.9,<0.5.19"),
+        )
     ),
     Patch(
         target=f"{_LOADER}.weight_utils:safetensors_weights_iterator",
@@ -223,19 +254,9 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         target=f"{_LOADER}.fsdp_load:_make_param_like",
-        versions=SGLANG_DIFFUSION,
+        versions=">=0.5.8,<0.5.24",
         wrapper=_make_param_like,
         parameters=("actual_param", "tensor"),
         **_STATE_DICT_NOTES,
-    ),
-    Patch(
-        target=f"{_LOADER}.component_loaders.vae_loader:safetensors_load_file",
-        versions=">=0.5.9,<0.5.19",
-        wrapper=_load_file,
-        parameters=("filename",),
-        why="It reads the whole file into pageable memory.",
-        how="Within a planned load it gives lazy tensors.",
-        upstream="From 0.5.20 on the engine's loader of VAEs takes the iterator.",
-        drop_when="Releases before 0.5.20 are not supported any more.",
     ),
 )

@@ -73,7 +73,7 @@ def _records(module: str, versions: str) -> tuple[Patch, ...]:
 
 
 PATCHES: tuple[Patch, ...] = (
-    *_records(_OLD, ">=0.5.9,<0.5.16"),
+    *_records(_OLD, ">=0.5.7,<0.5.16"),
     *_records(_NEW, ">=0.5.16,<0.5.24"),
     Patch(
         target=f"{_API}:DiffGenerator.from_pretrained",

@@ -81,7 +81,7 @@ def make_wan(folder: Path, width: int) -> None:
     for name in ("shift_terminal", "sigma_min", "sigma_max"):  # which releases to 0.5.12 refuse
         known.pop(name, None)
     written.write_text(json.dumps(known))
-    _word_tokenizer().save_pretrained(folder / "tokenizer")
+    _word_tokenizer(folder / "tokenizer")
     components = {
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -154,7 +154,7 @@ def make_flux(folder: Path, width: int) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     scheduler.save_pretrained(folder / "scheduler")
     _clip_tokenizer(folder / "tokenizer", vocabulary)
-    _word_tokenizer().save_pretrained(folder / "tokenizer_2")
+    _word_tokenizer(folder / "tokenizer_2")
     components = {
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -180,14 +180,20 @@ def _save_clip(model: Any, folder: Path) -> None:
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def _word_tokenizer() -> Any:
+def _word_tokenizer(folder: Path) -> None:
     words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=512, **special
-    )
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 512,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _clip_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:

@@ -36,9 +36,18 @@ def platform_for_cpu() -> None:
         "get_attn_backend_cls_str": _SDPA,
         "get_available_gpu_memory": 16.0,
     }
-    if not hasattr(torch.cpu, "get_device_properties"):  # kernels up to 0.5.10 ask at import
-        properties = types.SimpleNamespace(warp_size=32, multi_processor_count=1)
-        torch.cpu.get_device_properties = lambda *_: properties
+    properties = types.SimpleNamespace(warp_size=32, multi_processor_count=1)
+    torch.cpu.get_device_properties = lambda *_: properties  # kernels up to 0.5.10 ask at import
+    torch.cuda.get_device_properties = torch.cpu.get_device_properties
+    torch.cuda.current_device = lambda: 0
+    from sglang.multimodal_gen import envs
+    from sglang.multimodal_gen.runtime.distributed import group_coordinator
+
+    envs.get_torch_distributed_backend = lambda: "gloo"  # up to 0.5.7
+
+    find_device = group_coordinator.get_local_torch_device
+    if find_device().type != "cpu":  # up to 0.5.8 it knows of no CPU; others hold this function too
+        find_device.__code__ = (lambda: torch.device("cpu")).__code__
     for name, answer in answers.items():
         if name not in vars(type(current_platform)):
             setattr(type(current_platform), name, classmethod(lambda *_, _is=answer, **__: _is))

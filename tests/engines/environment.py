@@ -69,7 +69,8 @@ OMNI_MORE_PINS: Mapping[str, tuple[str, ...]] = {
     "0.22.0": ("transformers==5.5.0",),
 }
 """What the imports of a release fail with newer ones of."""
-DIFFUSION_EVERYDAY = ("0.5.9", "0.5.11", "0.5.14", "0.5.18", "0.5.23")
+DIFFUSION_VERSIONS = SGLANG_VERSIONS[SGLANG_VERSIONS.index("0.5.7") :]
+DIFFUSION_EVERYDAY = ("0.5.7", "0.5.11", "0.5.17", "0.5.23")
 DIFFUSION_PINS = (
     *("diffusers==0.37.0", "cloudpickle==3.1.2", "addict==2.4.0"),
     *("remote-pdb==2.1.0", "imageio==2.37.2", "imageio-ffmpeg==0.6.0", "trimesh==4.9.0"),
@@ -221,7 +222,7 @@ def diffusion_releases() -> list[str]:
     """Those of SGLang Diffusion that tests run on: some every day, all with WEIGHTLIFT_TEST_MORE."""
     if not os.environ.get("WEIGHTLIFT_TEST_MORE"):
         return list(DIFFUSION_EVERYDAY)
-    return list(SGLANG_VERSIONS[SGLANG_VERSIONS.index(DIFFUSION_EVERYDAY[0]) :])
+    return list(DIFFUSION_VERSIONS)
 
 
 def vllm(version: str, python: Path) -> Path:
