@@ -1,6 +1,6 @@
 """Tiny random diffusion pipelines in diffusers' layout, which SGLang Diffusion loads and runs.
 
-diffusion_checkpoints.py wan|flux FOLDER SEED [WIDTH]
+diffusion_checkpoints.py wan|flux|qwen FOLDER SEED [WIDTH]
 
 The folder must have the name of the hub's model: SGLang Diffusion knows pipelines by it.
 """
@@ -18,7 +18,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-NAMES = {"wan": "Wan2.1-T2V-1.3B-Diffusers", "flux": "FLUX.1-dev"}
+NAMES = {"wan": "Wan2.1-T2V-1.3B-Diffusers", "flux": "FLUX.1-dev", "qwen": "Qwen-Image"}
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", "cat", "dog", "runs", "the"]
 
 
@@ -123,8 +123,7 @@ def make_flux(folder: Path, width: int) -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters += [f"{letter}</w>" for letter in letters]
     vocabulary = {
-        token: number
-        for number, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
+        token: number for number, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
     }
     clip = transformers.CLIPTextConfig(
         vocab_size=len(vocabulary),
@@ -165,6 +164,79 @@ def make_flux(folder: Path, width: int) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     _index(folder, "FluxPipeline", components)
+
+
+def make_qwen(folder: Path, width: int) -> None:
+    """Qwen-Image: bfloat16, a language model for an encoder."""
+    qwen_image_around(folder)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=64,
+        out_channels=16,
+        joint_attention_dim=64,
+        axes_dims_rope=(8, 12, 12),
+    )
+    save(transformer, folder / "transformer", torch.bfloat16, "150KB")
+    encoder = transformers.Qwen2_5_VLForConditionalGeneration(qwen_encoder(2, 64, width, 512))
+    save(encoder, folder / "text_encoder", torch.bfloat16)
+    weights = {
+        published_name(name): value.contiguous() for name, value in encoder.state_dict().items()
+    }
+    for file in (folder / "text_encoder").glob("*.safetensors*"):
+        file.unlink()
+    file = folder / "text_encoder/model.safetensors"
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+
+
+def qwen_encoder(layers: int, hidden: int, width: int, vocabulary: int) -> Any:
+    """The configuration of Qwen-Image's text encoder with these sizes."""
+    heads = max(2, hidden // 128)
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(2, heads // 7),
+        "intermediate_size": width,
+        "vocab_size": vocabulary,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24], "rope_type": "default"},
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+    }
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64}
+    vision["out_hidden_size"] = hidden
+    return transformers.Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        tie_word_embeddings=False,
+        **{name: text[name] for name in ("hidden_size", "vocab_size", "num_hidden_layers")},
+    )
+
+
+def published_name(name: str) -> str:
+    """As the files of Qwen-Image have what transformers calls this now."""
+    return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+def qwen_image_around(folder: Path) -> None:
+    """What a pipeline of Qwen-Image has besides a transformer and a text encoder."""
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1
+    )
+    save(vae, folder / "vae", torch.bfloat16, "10GB")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    _word_tokenizer(folder / "tokenizer")
+    components = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    }
+    _index(folder, "QwenImagePipeline", components)
 
 
 def _save_clip(model: Any, folder: Path) -> None:
@@ -217,7 +289,7 @@ def _index(folder: Path, pipeline: str, components: dict[str, list[str]]) -> Non
 def main(kind: str, folder: str, seed: str, width: str = "64") -> None:
     """Write one pipeline."""
     torch.manual_seed(int(seed))
-    {"wan": make_wan, "flux": make_flux}[kind](Path(folder), int(width))
+    {"wan": make_wan, "flux": make_flux, "qwen": make_qwen}[kind](Path(folder), int(width))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,12 @@ DIFFUSION_EVERYDAY = ("0.5.7", "0.5.11", "0.5.17", "0.5.23")
 DIFFUSION_PINS = (
     *("diffusers==0.37.0", "cloudpickle==3.1.2", "addict==2.4.0"),
     *("remote-pdb==2.1.0", "imageio==2.37.2", "imageio-ffmpeg==0.6.0", "trimesh==4.9.0"),
-    *("opencv-python-headless==4.12.0.88", "av==16.1.0", "scikit-image==0.25.2", "lazy-loader==0.4"),
+    *(
+        "opencv-python-headless==4.12.0.88",
+        "av==16.1.0",
+        "scikit-image==0.25.2",
+        "lazy-loader==0.4",
+    ),
 )
 """What ``sglang.multimodal_gen`` imports besides."""
 NEEDS_VLLM = re.compile(r"0\.4\.|0\.5\.[2-7](\.|$)")

@@ -1,0 +1,220 @@
+"""SGLang Diffusion's own pipeline on this GPU: loading its components, stock and with weightlift.
+
+diffusion_loads.py FOLDER OUT [LAYERS]    the checkpoint goes to FOLDER, the table and numbers to OUT
+
+A pipeline of Qwen-Image's shapes: text encoder of 15.2 GB, transformer of LAYERS (60: 41 GB), a small
+VAE. ``build_pipeline`` in a process of its own for each way, twice; the page cache is warm, but for a
+last call. A pipeline that is in FOLDER already is taken as it is. Needs SGLang Diffusion in this
+Python's path (``scripts/gpu/bundle-diffusion``).
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from make_checkpoint import write
+
+from weightlift.loading.benchmark import make_cold
+from weightlift.loading.ceilings import warm_ceiling
+
+TESTS = Path(__file__).resolve().parents[2] / "tests"
+LAYERS = 60
+TRANSFORMER = {
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "in_channels": 64,
+    "out_channels": 16,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": [16, 56, 56],
+}
+RESIDENT = (
+    "--text-encoder-cpu-offload false --image-encoder-cpu-offload false --vae-cpu-offload false "
+    "--dit-cpu-offload false --dit-layerwise-offload false"
+).split()
+WAYS: dict[str, tuple[bool, list[str]]] = {
+    "stock": (False, RESIDENT),
+    "weightlift": (True, [*RESIDENT, "--enable-parallel-module-load"]),
+    "stock, offloaded encoder": (False, RESIDENT[2:]),
+    "weightlift, offloaded encoder": (True, [*RESIDENT[2:], "--enable-parallel-module-load"]),
+}
+NOT_NEEDED = (
+    "cv2",
+    "scipy",
+    "torchvision",
+    "av",
+    "trimesh",
+    "imageio_ffmpeg",
+    "soundfile",
+    "xatlas",
+)
+"""Imported by pipelines and needed by no load."""
+
+
+class _Nothing:
+    """Whatever is looked for in a module that is not there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> _Nothing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing(f"{self._name}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"{self._name} is not here")
+
+
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds modules that are needed by no load and are not installed."""
+
+    def __init__(self) -> None:
+        self._names = {name for name in NOT_NEEDED if importlib.util.find_spec(name) is None}
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name.partition(".")[0] in self._names:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = _Nothing(spec.name).__getattr__  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+def make(folder: Path, layers: int) -> None:
+    """Write the pipeline."""
+    import diffusers
+    import transformers
+    from engines import diffusion_checkpoints as checkpoints
+
+    checkpoints.qwen_image_around(folder)
+    started = time.perf_counter()
+    config = checkpoints.qwen_encoder(28, 3584, 18944, 152064)
+    with torch.device("meta"):
+        encoder = transformers.Qwen2_5_VLForConditionalGeneration(config)
+        transformer = diffusers.QwenImageTransformer2DModel(num_layers=layers, **TRANSFORMER)
+    for part, model, stem in (
+        ("text_encoder", encoder, "model"),
+        ("transformer", transformer, "diffusion_pytorch_model"),
+    ):
+        named = [
+            (checkpoints.published_name(name), tuple(value.shape))
+            for name, value in model.named_parameters()
+        ]
+        write(folder / part, named, torch.bfloat16, stem=stem)
+    config.save_pretrained(folder / "text_encoder")
+    transformer.save_config(folder / "transformer")
+    print(f"written in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def load(folder: Path, flags: list[str]) -> dict[str, Any]:
+    """Seconds of ``load_modules`` and of each component, and what the parameters hold."""
+    from engines import diffusion_harness as harness
+    from sglang.multimodal_gen.runtime.loader.component_loaders.component_loader import (
+        PipelineComponentLoader,
+    )
+    from sglang.multimodal_gen.runtime.pipelines_core import composed_pipeline_base
+
+    seconds: dict[str, float] = {}
+    base, components = composed_pipeline_base.ComposedPipelineBase, PipelineComponentLoader
+    base.load_modules = timed(base.load_modules, seconds, "load_modules")
+    components.load_component = timed(components.load_component, seconds)
+    if not torch.cuda.is_available():
+        harness.platform_for_cpu()
+    pipeline, _ = harness.build({"model": str(folder), "flags": flags}, 29700)
+    sums = {}
+    for name, module in pipeline.modules.items():
+        if isinstance(module, torch.nn.Module):
+            values = [bits_of(item) for _, item in sorted(module.named_parameters())]
+            sums[name] = [type(module).__name__, hash(tuple(values))]
+    scratch = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"seconds": seconds, "sums": sums, "peak": scratch}
+
+
+def bits_of(parameter: torch.Tensor) -> int:
+    """The sum of a parameter's elements, taken for whole numbers."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[local.element_size()]
+    return int(local.detach().contiguous().view(-1).view(kind).to(torch.int64).sum())
+
+
+def timed(function: Any, seconds: dict[str, float], name: str = "") -> Any:
+    """The function, with what it took until the last byte was on the device put down."""
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[name or kwargs["component_name"]] = time.perf_counter() - started
+        return result
+
+    return measured
+
+
+def run(folder: Path, way: str, report: Path) -> dict[str, Any]:
+    """One way in a process of its own."""
+    is_ours, flags = WAYS[way]
+    environ = {**os.environ, "WEIGHTLIFT": str(int(is_ours)), "WEIGHTLIFT_REPORT": str(report)}
+    command = [sys.executable, __file__, "--one", str(folder), *flags]
+    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{way}:\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
+    return found
+
+
+def main(folder: Path, out: Path, layers: int = LAYERS) -> None:
+    """Make, load, compare, write."""
+    out.mkdir(parents=True, exist_ok=True)
+    pipeline = folder / "Qwen-Image"
+    if not pipeline.exists():
+        make(pipeline, layers)
+    files = sorted(pipeline.rglob("*.safetensors"))
+    stored, ceiling = sum(file.stat().st_size for file in files), 0.0
+    if torch.cuda.is_available():
+        ceiling = warm_ceiling(pipeline / "transformer", torch.device("cuda"))
+    print(f"{stored / 1e9:.1f} GB in files, ceiling {ceiling / 1e9:.1f} GB/s", flush=True)
+    rows = []
+    cases = [(way, "warm") for way in WAYS for _ in range(2)]
+    for way, cache in [*cases, ("weightlift", "cold"), ("stock", "cold")]:
+        if cache == "cold":
+            for file in files:
+                make_cold(file)
+        found = run(pipeline, way, out / "reports.jsonl")
+        rows.append({"way": way, "cache": cache, "stored": stored, "ceiling": ceiling, **found})
+        (out / "diffusion.json").write_text(json.dumps(rows, indent=1))
+        told = ", ".join(f"{name} {value:.2f}" for name, value in found["seconds"].items())
+        print(f"{cache} {way:30s} {told} s; peak {found['peak'] / 1e9:.1f} GB", flush=True)
+    for group in ("stock", "stock, offloaded encoder"):
+        alike = [row for row in rows if row["way"].endswith(group.removeprefix("stock"))]
+        sums = {str(row["sums"]) for row in alike if ("offloaded" in row["way"]) == ("," in group)}
+        print(f"{group}: parameters are {'equal' if len(sums) == 1 else 'NOT equal'}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS))
+    sys.meta_path.append(_Absent())
+    if sys.argv[1] == "--one":
+        told = load(Path(sys.argv[2]), sys.argv[3:])
+        print(f"RESULT {json.dumps(told)}", flush=True)
+        os._exit(0)
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
