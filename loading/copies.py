@@ -33,13 +33,21 @@ class Copies:
         thread: The one that the loader runs in; it may have others of its own.
     """
 
-    def __init__(self, delivery: Delivery, report: LoadReport, ledger: Ledger | None) -> None:
+    def __init__(
+        self,
+        delivery: Delivery,
+        report: LoadReport,
+        ledger: Ledger | None,
+        *,
+        all_wait: bool = False,
+    ) -> None:
         self.delivery = delivery
         self.report = report
         self.ledger = ledger
         self.aborted: PlanAborted | None = None
         self.is_exhausted = False
         self.thread = 0
+        self._all_wait = all_wait
         self._lock = threading.RLock()
 
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
@@ -47,7 +55,8 @@ class Copies:
 
         Sources of at most one dimension are copied at once: scales, norms and state-space
         parameters, which some loaders read back (``composed_weight_loader``), are all of them.
-        While nothing may be written, they wait too; the guard sees who reads them back.
+        While nothing may be written, and where loaders are known to read none, they wait too; the
+        guard sees who reads them back.
         """
         shape, stride, _, dtype = geometry(lazy)
         entry = lazy.source.entry
@@ -82,8 +91,9 @@ class Copies:
         return target
 
     def _must_wait(self) -> bool:
-        """Whether this thread's copies may wait: nothing may be written, and the guard is here."""
-        return self.delivery.is_gated and threading.get_ident() == self.thread
+        """Whether small copies of this thread wait, which they may where the guard is."""
+        is_asked = self._all_wait or self.delivery.is_gated
+        return is_asked and threading.get_ident() == self.thread
 
     def _copy_now(self, target: torch.Tensor, lazy: LazyTensor) -> None:
         self.delivery.open_gate()

@@ -30,11 +30,10 @@ def adopt_lazy(model: torch.nn.Module) -> None:
     Engines that build models on the meta device make parameters of what they were offered.
     """
     for module in model.modules():
-        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for holder in holders:
-            for name, value in holder.items():
-                if isinstance(value, LazyTensor):
-                    holder[name] = _landed(value)
+        for holder in (module._parameters, module._buffers):
+            lazy = {name: value for name, value in holder.items() if isinstance(value, LazyTensor)}
+            tensors: dict[str, Any] = holder
+            tensors.update({name: _landed(value) for name, value in lazy.items()})
 
 
 def _landed(lazy: LazyTensor) -> torch.Tensor:

@@ -49,6 +49,8 @@ class LoadSession:
         weights: Gives the lazy tensors of a checkpoint that the loader must see; all if left out.
         before_write: Called once, before the first byte is written; see :class:`Delivery`.
         exchange: How ranks of this host share the reading, if they may.
+        all_wait: Whether small copies wait for readers as large ones do: on a device that is busy
+            with large copies each takes a millisecond at once. For loaders that read none back.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class LoadSession:
         weights: Callable[[LoadSession, Checkpoint], NamedWeights] | None = None,
         before_write: Callable[[], None] | None = None,
         exchange: Exchange | None = None,
+        *,
+        all_wait: bool = False,
     ) -> None:
         self.report = report
         self.ledger = ledger
@@ -67,7 +71,7 @@ class LoadSession:
         self._weights = weights or LoadSession.lazies
         self.is_finished = False
         self.delivery = Delivery(settings, report, before_write, exchange)
-        self._copies = Copies(self.delivery, report, ledger)
+        self._copies = Copies(self.delivery, report, ledger, all_wait=all_wait)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._plan_started = report.started

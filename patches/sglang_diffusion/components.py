@@ -33,14 +33,10 @@ _LOADER = "sglang.multimodal_gen.runtime.loader"
 
 
 class _Component:
-    """A component that is loaded by plan if it can be, else as the engine does.
-
-    Attributes:
-        damage: What is wrong with its files; the engine would go on to its native loader.
-    """
+    """A component that is loaded by plan if it can be, else as the engine does."""
 
     def __init__(self, path: str, settings: Settings) -> None:
-        self.damage: CheckpointError | None = None
+        self._damage: CheckpointError | None = None
         self._path = path
         self._settings = settings
 
@@ -64,10 +60,16 @@ class _Component:
             report.finish(self._settings.report)
         return component
 
+    def load_native(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of the loader's own ``load_native``, where the engine goes from any error."""
+        if self._damage is not None:
+            raise self._damage
+        return original(*args, **kwargs)
+
     def _by_plan(
         self, report: LoadReport, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        session = LoadSession(self._settings, report)
+        session = LoadSession(self._settings, report, all_wait=True)
         random_before = torch.get_rng_state()
         try:
             with session:
@@ -77,7 +79,7 @@ class _Component:
                     session.finish(component)
             return component
         except CheckpointError as error:
-            self.damage = error
+            self._damage = error
             raise
         except Exception as error:
             if not report.tensors:  # nothing of ours was in it
@@ -99,11 +101,11 @@ def _load(
         return wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     component = _Component(str(call["component_model_path"]), settings)
-    with shadowed(instance, "load_customized", component.load):
-        loaded = wrapped(*args, **kwargs)
-    if component.damage is not None:
-        raise component.damage
-    return loaded
+    with (
+        shadowed(instance, "load_customized", component.load),
+        shadowed(instance, "load_native", component.load_native),
+    ):
+        return wrapped(*args, **kwargs)
 
 
 def _rank() -> int:

@@ -3,8 +3,8 @@
 diffusion_loads.py FOLDER OUT [LAYERS]    the checkpoint goes to FOLDER, the table and numbers to OUT
 
 A pipeline of Qwen-Image's shapes: text encoder of 15.2 GB, transformer of LAYERS (60: 41 GB), a small
-VAE. ``build_pipeline`` in a process of its own for each way, twice; the page cache is warm, but for a
-last call. A pipeline that is in FOLDER already is taken as it is. Needs SGLang Diffusion in this
+VAE. ``build_pipeline`` in a process of its own for each case; the page cache is warm, but for the last
+two. A pipeline that is in FOLDER already is taken as it is. Needs SGLang Diffusion in this
 Python's path (``scripts/gpu/bundle-diffusion``).
 """
 
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ WAYS: dict[str, tuple[bool, list[str]]] = {
     "stock, offloaded encoder": (False, RESIDENT[2:]),
     "weightlift, offloaded encoder": (True, [*RESIDENT[2:], "--enable-parallel-module-load"]),
 }
+CASES = [("stock", "warm"), ("weightlift", "warm")] * 2
+CASES += [(way, "warm") for way in WAYS if "offloaded" in way]
+CASES += [("weightlift", "cold"), ("stock", "cold")]
 NOT_NEEDED = (
     "cv2",
     "scipy",
@@ -154,10 +158,22 @@ def load(folder: Path, flags: list[str]) -> dict[str, Any]:
     sums = {}
     for name, module in pipeline.modules.items():
         if isinstance(module, torch.nn.Module):
-            values = [bits_of(item) for _, item in sorted(module.named_parameters())]
+            values = [bits_of(item) for _, item in sorted(weights_of(module))]
             sums[name] = [type(module).__name__, hash(tuple(values))]
     scratch = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"seconds": seconds, "sums": sums, "peak": scratch}
+
+
+def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights; of layers that were moved to the host, those there."""
+    moved: set[str] = set()
+    for manager in getattr(module, "layerwise_offload_managers", ()):
+        for name, weight in manager.iter_cpu_weights():
+            moved.add(name)
+            yield name, weight
+    for name, weight in module.named_parameters():
+        if name not in moved:
+            yield name, weight
 
 
 def bits_of(parameter: torch.Tensor) -> int:
@@ -206,8 +222,7 @@ def main(folder: Path, out: Path, layers: int = LAYERS) -> None:
         ceiling = warm_ceiling(pipeline / "transformer", torch.device("cuda"))
     print(f"{stored / 1e9:.1f} GB in files, ceiling {ceiling / 1e9:.1f} GB/s", flush=True)
     rows = []
-    cases = [(way, "warm") for way in WAYS for _ in range(2)]
-    for way, cache in [*cases, ("weightlift", "cold"), ("stock", "cold")]:
+    for way, cache in CASES:
         if cache == "cold":
             for file in files:
                 make_cold(file)

@@ -5,6 +5,8 @@ diffusion_checkpoints.py wan|flux|qwen FOLDER SEED [WIDTH]
 The folder must have the name of the hub's model: SGLang Diffusion knows pipelines by it.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json
@@ -18,7 +20,6 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-NAMES = {"wan": "Wan2.1-T2V-1.3B-Diffusers", "flux": "FLUX.1-dev", "qwen": "Qwen-Image"}
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", "cat", "dog", "runs", "the"]
 
 
@@ -255,7 +256,7 @@ def _save_clip(model: Any, folder: Path) -> None:
 def _word_tokenizer(folder: Path) -> None:
     words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

@@ -2,19 +2,26 @@
 
 diffusion_harness.py CASES.json    see ``engines.forked``
 
-A case has besides: model, and generate=true to make a video of its pipeline. Releases before 0.5.13
+A case has besides: model, flags, generate=true to make a video of its pipeline, trials=N to build it N
+times with readers that take work in random order, and memory=true to watch memory meanwhile. Releases before 0.5.13
 get what later ones have for a CPU themselves; from 0.5.21 on two operators are compiled ones, which are
 written out here.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# mypy: disable-error-code="attr-defined, no-untyped-call, assignment"
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import hashlib
 import importlib.util
 import os
+import queue
+import random
 import sys
+import threading
 import types
 from typing import Any
 
@@ -22,6 +29,8 @@ import torch
 
 from engines.forked import run_cases, state_hash
 
+NAMES = {"wan": "Wan2.1-T2V-1.3B-Diffusers", "flux": "FLUX.1-dev", "qwen": "Qwen-Image"}
+"""What a folder with a pipeline must be called: the engine knows pipelines by the hub's names."""
 _SDPA = "sglang.multimodal_gen.runtime.layers.attention.backends.sdpa.SDPABackend"
 STEPS = 2
 
@@ -137,7 +146,7 @@ def build(case: dict[str, Any], port: int) -> tuple[Any, Any]:
 
 def components_of(pipeline: Any) -> dict[str, Any]:
     """What was loaded: class, state and where it is, by component."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, module in sorted(pipeline.modules.items()):
         found[name] = {"class": f"{type(module).__module__}.{type(module).__qualname__}"}
         if isinstance(module, torch.nn.Module):
@@ -146,6 +155,7 @@ def components_of(pipeline: Any) -> dict[str, Any]:
             found[name]["devices"] = sorted({str(item.device) for item in parameters})
             found[name]["kinds"] = sorted({type(item).__name__ for item in parameters})
             found[name]["gradients"] = sum(item.requires_grad for item in parameters)
+            found[name]["nbytes"] = sum(item.nbytes for item in parameters)
             found[name]["training"] = module.training
     return found
 
@@ -206,11 +216,69 @@ def video_hash(pipeline: Any, arguments: Any) -> str:
     return digest.hexdigest()
 
 
+class RandomQueue(queue.Queue[Any]):
+    """A queue that gives what is in it in random order, what ends a reader last."""
+
+    def _get(self) -> Any:
+        work = [number for number, item in enumerate(self.queue) if item is not None] or [0]
+        chosen = random.choice(work)
+        item = self.queue[chosen]
+        del self.queue[chosen]
+        return item
+
+
+def tried(case: dict[str, Any], port: int) -> dict[str, Any]:
+    """What differs between many loads by readers that take their work in random order."""
+    from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
+
+    from weightlift.loading import reader
+
+    reader.queue = types.SimpleNamespace(SimpleQueue=RandomQueue, Empty=queue.Empty)
+    pipeline, arguments = build(case, port)
+    found: collections.Counter[str] = collections.Counter()
+    for trial in range(case["trials"]):
+        random.seed(trial)
+        torch.manual_seed(0)
+        pipeline = build_pipeline(arguments)
+        found[str((components_of(pipeline), process_state()))] += 1
+    return {"trials": sorted(found.values()), "components": components_of(pipeline)}
+
+
+class MemoryWatch:
+    """Within it, the most anonymous memory that this process has, in bytes, is taken down."""
+
+    def __enter__(self) -> MemoryWatch:
+        self._ended = threading.Event()
+        self.before = self.most = self._now()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.001):
+            self.most = max(self.most, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        with open("/proc/self/status") as file:
+            (line,) = [line for line in file if line.startswith("RssAnon")]
+        return int(line.split()[1]) << 10
+
+
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load the pipeline of a case, and run it if asked to."""
     torch.manual_seed(0)
-    pipeline, arguments = build(case, port)
-    told = {"components": components_of(pipeline), "process": process_state()}
+    if case.get("trials"):
+        return tried(case, port)
+    with MemoryWatch() if case.get("memory") else contextlib.nullcontext() as watch:
+        pipeline, arguments = build(case, port)
+    told: dict[str, Any] = {"components": components_of(pipeline), "process": process_state()}
+    if watch:
+        told["memory"] = watch.most - watch.before
     if case.get("generate"):
         told["video"] = video_hash(pipeline, arguments)
     return told
@@ -218,6 +286,7 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
 
 def main(path: str) -> None:
     """Import the engine, then run the cases."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # to compile a tiny pipeline takes half a minute
     import sglang.multimodal_gen.runtime.pipelines_core  # noqa: F401
 
     platform_for_cpu()

@@ -223,6 +223,12 @@ def diffusion(version: str, python: Path) -> Path:
     return unpacked("diffusion", cache_dit, python, f"cache-dit=={cache_dit}", *DIFFUSION_PINS)
 
 
+def diffusion_and_sglang(version: str) -> tuple[Path, Path, Path]:
+    """The folders of a SGLang release, of what SGLang Diffusion needs beside it, and of stand-ins."""
+    python = Path(sys.executable)
+    return sglang(version, python), diffusion(version, python), HERE / "stand_ins"
+
+
 def diffusion_releases() -> list[str]:
     """Those of SGLang Diffusion that tests run on: some every day, all with WEIGHTLIFT_TEST_MORE."""
     if not os.environ.get("WEIGHTLIFT_TEST_MORE"):

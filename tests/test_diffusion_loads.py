@@ -1,0 +1,133 @@
+"""The real SGLang Diffusion loads and runs pipelines: stock and weightlift leave the same everywhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines.diffusion_harness import NAMES
+from engines.environment import DIFFUSION_VERSIONS, diffusion_and_sglang, diffusion_releases
+from engines.runs import Runs, run_cases, run_harness
+
+ASKED = {"WEIGHTLIFT_PARALLEL_MODULE_LOAD": "1"}
+NEWEST = "0.5.23"
+WIDTH = 40_000
+"""Of the inner layers where the weights must be larger than the memory for bytes in flight."""
+LITTLE_MIB = 16
+TRIALS = 100
+RESIDENT = (
+    "--text-encoder-cpu-offload false --image-encoder-cpu-offload false --vae-cpu-offload false "
+    "--dit-cpu-offload false"
+).split()
+"""What releases up to 0.5.10 need on a CPU, for they would wrap text encoders for a GPU."""
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline of each kind, a wide one and damaged ones, each in a folder."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    engine = diffusion_and_sglang(NEWEST)
+    made = {f"sound {kind}": (kind, 64) for kind in NAMES}
+    made |= {f"damaged {component}": ("wan", 64) for component in ("transformer", "text_encoder")}
+    for place, (kind, width) in {**made, "wide": ("wan", WIDTH)}.items():
+        where = folder / place.removesuffix(f" {kind}") / NAMES[kind]
+        run_harness("diffusion_checkpoints.py", [kind, where, 1, width], *engine)
+    for component in ("transformer", "text_encoder"):
+        shards = (folder / f"damaged {component}").rglob(f"{component}/*.safetensors")
+        shard = max(shards)
+        os.truncate(shard, shard.stat().st_size - 100)
+    return folder
+
+
+def is_before(version: str, other: str) -> bool:
+    """Whether a release came before another."""
+    return DIFFUSION_VERSIONS.index(version) < DIFFUSION_VERSIONS.index(other)
+
+
+def run(version: str, cases: list[dict[str, Any]], folder: Path) -> Runs:
+    """Run cases in a release."""
+    flags = RESIDENT if is_before(version, "0.5.11") else []
+    cases = [{**case, "flags": [*flags, *case.get("flags", [])]} for case in cases]
+    return run_cases("diffusion_harness.py", cases, folder, *diffusion_and_sglang(version))
+
+
+@pytest.mark.parametrize("version", diffusion_releases())
+def test_stock_and_weightlift_leave_and_make_the_same(
+    version: str, pipelines: Path, tmp_path: Path
+) -> None:
+    cases: list[dict[str, Any]] = []
+    for kind, name in NAMES.items():
+        makes_video = kind == "wan" and not is_before(version, "0.5.11")
+        case = {"model": str(pipelines / "sound" / name), "generate": makes_video}
+        cases += [
+            {**case, "name": f"{kind} stock", "stock": True},
+            {**case, "name": kind, "flags": ["--enable-parallel-module-load"]},
+        ]
+    wan = {"model": str(pipelines / "sound" / NAMES["wan"])}
+    cases += [
+        {**wan, "name": "off", "flags": ["--disable-parallel-module-load"], "env": ASKED},
+        {**wan, "name": "not asked"},
+    ]
+    for component in ("transformer", "text_encoder"):
+        model = pipelines / f"damaged {component}" / NAMES["wan"]
+        cases.append({"model": str(model), "name": f"damaged {component}", "env": ASKED})
+    before = sizes(pipelines)
+    runs = run(version, cases, tmp_path)
+    for kind in NAMES:
+        (stock,), (ours,) = runs.told[f"{kind} stock"], runs.told[kind]
+        assert "error" not in stock, stock["trace"]
+        assert {**ours, "case": ""} == {**stock, "case": ""}, kind
+    for name in ("off", "not asked"):
+        assert runs.told[name][0]["components"] == runs.told["wan stock"][0]["components"]
+    # Weightlift did it: the transformers, the text encoders; VAEs too where they have no mapping.
+    modes = {report["architecture"]: report["mode"] for report in runs.reports}
+    wanted = {"WanTransformer3DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel"}
+    wanted |= {"T5EncoderModel", "CLIPTextModel"}
+    assert modes.keys() >= wanted and set(modes.values()) == {"weightlift"}, modes
+    assert all(report["planned"] > report["materialised"] for report in runs.reports)
+    # Damage is told, with its file where the engine does not see it first; nothing deletes that.
+    assert runs.error("damaged transformer")
+    error = runs.error("damaged text_encoder")
+    assert "text_encoder" in error and ".safetensors" in error and "truncated" in error
+    assert sizes(pipelines) == before
+
+
+def sizes(folder: Path) -> dict[Path, int]:
+    """Of all shards."""
+    return {file: file.stat().st_size for file in folder.rglob("*.safetensors")}
+
+
+def test_a_hundred_loads_with_readers_in_random_order_are_the_same(
+    pipelines: Path, tmp_path: Path
+) -> None:
+    case = {"model": str(pipelines / "sound" / NAMES["wan"])}
+    cases = [
+        {**case, "name": "stock", "stock": True},
+        {**case, "name": "trials", "trials": TRIALS, "env": ASKED},
+    ]
+    runs = run("0.5.17", cases, tmp_path)
+    (tried,) = runs.told["trials"]
+    assert tried.get("trials") == [TRIALS], tried
+    assert tried["components"] == runs.told["stock"][0]["components"]
+
+
+def test_memory_beside_the_weights_is_what_readers_may_take(
+    pipelines: Path, tmp_path: Path
+) -> None:
+    case = {"model": str(pipelines / "wide" / NAMES["wan"]), "memory": True}
+    little = {**ASKED, "WEIGHTLIFT_STAGING_MIB": str(LITTLE_MIB)}
+    cases = [
+        {**case, "name": "stock", "stock": True},
+        {**case, "name": "planned", "env": little},
+    ]
+    runs = run("0.5.17", cases, tmp_path)
+    (stock,), (planned,) = runs.told["stock"], runs.told["planned"]
+    assert planned["components"] == stock["components"]
+    weights = sum(component.get("nbytes", 0) for component in planned["components"].values())
+    assert weights > 4 * (LITTLE_MIB << 20)
+    # Another 32 MiB for what building a pipeline takes: modules, tokenizers, threads.
+    assert planned["memory"] < weights + (LITTLE_MIB + 32 << 20), (planned["memory"], weights)
