@@ -78,6 +78,7 @@ SGLANG_DIFFUSION = ">=0.5.7,<0.5.24"
 _DIFFUSION = f"{DIFFUSION}.runtime"
 _COMPONENTS = "weightlift.patches.sglang_diffusion.components"
 _DIFFUSION_FLAGS = "weightlift.patches.sglang_diffusion.flags"
+_DIFFUSION_UPDATES = "weightlift.patches.sglang_diffusion.updates"
 
 SGLANG = Integration(
     engine="sglang",
@@ -109,6 +110,13 @@ SGLANG = Integration(
                 ("component_loaders.vae_loader", ">=0.5.9,<0.5.19"),
                 ("weight_utils", SGLANG_DIFFUSION),
                 ("fsdp_load", SGLANG_DIFFUSION),
+            )
+        ),
+        *(
+            PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_UPDATES, versions)
+            for module, versions in (
+                ("loader.weights_updater", ">=0.5.9,<0.5.14"),
+                ("post_training.weights_updater", ">=0.5.14,<0.5.24"),
             )
         ),
         *(

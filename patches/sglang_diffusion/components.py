@@ -47,7 +47,7 @@ class _Component:
             version=context_of("sglang").engine.version,
             phase="launch",
             model_path=self._path,
-            rank=_rank(),
+            rank=rank(),
         )
         reason = _refusal(self._path)
         if reason:
@@ -108,7 +108,8 @@ def _load(
         return wrapped(*args, **kwargs)
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Of this process among those of the engine."""
     distributed = torch.distributed
     is_one_of_many = distributed.is_available() and distributed.is_initialized()
     return distributed.get_rank() if is_one_of_many else 0

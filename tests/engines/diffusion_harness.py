@@ -3,7 +3,8 @@
 diffusion_harness.py CASES.json    see ``engines.forked``
 
 A case has besides: model, flags, generate=true to make a video of its pipeline, trials=N to build it N
-times with readers that take work in random order, and memory=true to watch memory meanwhile. Releases before 0.5.13
+times with readers that take work in random order, memory=true to watch memory meanwhile, and updates, a list of
+paths with the modules to update and the component whose files cannot be read. Releases before 0.5.13
 get what later ones have for a CPU themselves; from 0.5.21 on two operators are compiled ones, which are
 written out here.
 """
@@ -23,6 +24,7 @@ import random
 import sys
 import threading
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,6 +51,10 @@ def platform_for_cpu() -> None:
     torch.cpu.get_device_properties = lambda *_: properties  # kernels up to 0.5.10 ask at import
     torch.cuda.get_device_properties = torch.cpu.get_device_properties
     torch.cuda.current_device = lambda: 0
+    for name, answer in answers.items():
+        if name not in vars(type(current_platform)):
+            setattr(type(current_platform), name, classmethod(lambda *_, _is=answer, **__: _is))
+
     from sglang.multimodal_gen import envs
     from sglang.multimodal_gen.runtime.distributed import group_coordinator
 
@@ -57,9 +63,6 @@ def platform_for_cpu() -> None:
     find_device = group_coordinator.get_local_torch_device
     if find_device().type != "cpu":  # up to 0.5.8 it knows of no CPU; others hold this function too
         find_device.__code__ = (lambda: torch.device("cpu")).__code__
-    for name, answer in answers.items():
-        if name not in vars(type(current_platform)):
-            setattr(type(current_platform), name, classmethod(lambda *_, _is=answer, **__: _is))
 
 
 def operators_for_cpu() -> None:
@@ -269,6 +272,42 @@ class MemoryWatch:
         return int(line.split()[1]) << 10
 
 
+def updated(pipeline: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the engine says of each update of a case, and what the components hold then."""
+    runtime = "sglang.multimodal_gen.runtime"
+    place = f"{runtime}.loader.weights_updater"
+    if importlib.util.find_spec(place) is None:
+        place = f"{runtime}.post_training.weights_updater"  # from 0.5.14 on
+    updater = importlib.import_module(place).WeightsUpdater(pipeline)
+    told = []
+    for update in case["updates"]:
+        with unreadable(update.get("unreadable", "")):
+            done, message = updater.update_weights_from_disk(
+                update["path"], target_modules=update.get("modules")
+            )
+        told.append({"done": done, "message": message, "components": components_of(pipeline)})
+    return told
+
+
+@contextlib.contextmanager
+def unreadable(component: str) -> Iterator[None]:
+    """Within this, weightlift's readers fail at the files of a component."""
+    from weightlift.loading.files import ShardFile
+
+    read = ShardFile.read_into
+
+    def fail(file: ShardFile, offset: int, *args: Any, **kwargs: Any) -> None:
+        if component and f"/{component}/" in file.path and offset > 1000:
+            raise OSError(5, "injected", file.path)
+        read(file, offset, *args, **kwargs)
+
+    ShardFile.read_into = fail
+    try:
+        yield
+    finally:
+        ShardFile.read_into = read
+
+
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load the pipeline of a case, and run it if asked to."""
     torch.manual_seed(0)
@@ -279,6 +318,8 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     told: dict[str, Any] = {"components": components_of(pipeline), "process": process_state()}
     if watch:
         told["memory"] = watch.most - watch.before
+    if case.get("updates"):
+        told["updates"] = updated(pipeline, case)
     if case.get("generate"):
         told["video"] = video_hash(pipeline, arguments)
     return told

@@ -1,0 +1,158 @@
+"""``update_weights_from_disk`` of a diffusion pipeline: every module is planned before one is written."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from weightlift.compat.context import context_of
+from weightlift.compat.patch import Patch
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession
+from weightlift.loading.settings import Settings
+from weightlift.patches.sglang_diffusion.components import rank
+from weightlift.patches.shadow import shadowed
+
+logger = logging.getLogger("weightlift")
+
+_OLD = "sglang.multimodal_gen.runtime.loader.weights_updater"
+_NEW = "sglang.multimodal_gen.runtime.post_training.weights_updater"
+
+
+def _apply_weights(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[bool, str]:
+    """Update all modules in one go; what cannot be planned is updated by the engine."""
+    settings = context_of("sglang").settings()
+    if not settings.parallel_module_load:
+        done: tuple[bool, str] = wrapped(*args, **kwargs)
+        return done
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    modules: dict[str, torch.nn.Module] = dict(call["modules_to_update"])
+    report = LoadReport(
+        engine="sglang",
+        version=context_of("sglang").engine.version,
+        phase="update",
+        model_path=str(next(iter(call["weights_map"].values()), "")),
+        rank=rank(),
+        architecture=", ".join(type(module).__name__ for module in modules.values()),
+    )
+    load = _Update(wrapped, args, kwargs)
+    result = load.run(instance, modules, settings, report)
+    report.finish(settings.report)
+    return result
+
+
+class _Update:
+    """One update of several modules, as the engine would do it.
+
+    Args:
+        apply: Its ``_apply_weights``.
+        args: What that takes.
+        kwargs: Likewise.
+    """
+
+    def __init__(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
+        self._apply = apply
+        self._args = args
+        self._kwargs = kwargs
+
+    def run(
+        self,
+        updater: Any,
+        modules: dict[str, torch.nn.Module],
+        settings: Settings,
+        report: LoadReport,
+    ) -> tuple[bool, str]:
+        """Plan, then write; on failure half way the engine's roll-back brings the old weights."""
+        # Nothing is written before the first flush, so that what is wrong with a module is found
+        # while the weights before are still in place.
+        session = LoadSession(settings, report, before_write=lambda: None, all_wait=True)
+        is_planned, message = False, ""
+        try:
+            with session:
+                with session.armed(), shadowed(updater, "_rollback", _leave_alone):
+                    is_planned, message = self._apply(*self._args, **self._kwargs)
+                if is_planned:
+                    session.finish(torch.nn.ModuleList(modules.values()))
+        except Exception as error:  # noqa: BLE001 - told as the engine tells its own
+            if session.aborted is None:
+                updater._rollback(list(modules))
+                failure = f"Failed to update weights: {error}."
+                logger.error("weightlift: %s", failure)
+                return False, f"{failure} All modules rolled back to original weights."
+        if session.aborted is None:
+            return is_planned, message
+        report.fall_back(str(session.aborted))
+        done: tuple[bool, str] = self._apply(*self._args, **self._kwargs)
+        return done
+
+
+def _leave_alone(original: Callable[..., Any], updated_modules: list[str]) -> None:
+    """In place of the engine's roll-back, while nothing is written."""
+
+
+def _load_into_module(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Refuse an update that would leave parameters of a module as they were, in silence."""
+    if not context_of("sglang").settings().parallel_module_load:
+        return wrapped(*args, **kwargs)
+    module, weights = args
+    return wrapped(module, _complete(module, weights))
+
+
+def _complete(
+    module: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights.
+
+    Raises:
+        ValueError: They end, and a parameter of the module had none of its name.
+    """
+    missing = {name for name, _ in module.named_parameters()}
+    for name, weight in weights:
+        missing.discard(name)
+        yield name, weight
+    if missing:
+        raise ValueError(
+            f"the checkpoint has nothing for {min(missing)} and {len(missing) - 1} more of the "
+            f"parameters: this release of SGLang does not translate their names. Update with "
+            "SGLang 0.5.14 or newer, or restart with the new checkpoint"
+        )
+
+
+def _records(module: str, versions: str) -> Patch:
+    return Patch(
+        target=f"{module}:WeightsUpdater._apply_weights",
+        versions=versions,
+        wrapper=_apply_weights,
+        parameters=("modules_to_update", "weights_map"),
+        why="Modules are updated one after the other, tensor by tensor from pageable memory, and one "
+        "that fails has the whole checkpoint before read again.",
+        how="With `--enable-parallel-module-load` all modules are planned, then written in one go. What "
+        "is wrong with a checkpoint is found before a byte is written.",
+        upstream="Nothing is proposed.",
+        drop_when="The engine's own updates read at the speed of the hardware.",
+    )
+
+
+PATCHES: tuple[Patch, ...] = (
+    _records(_OLD, ">=0.5.9,<0.5.14"),
+    _records(_NEW, ">=0.5.14,<0.5.24"),
+    Patch(
+        target=f"{_OLD}:_load_weights_into_module",
+        versions=">=0.5.9,<0.5.14",
+        wrapper=_load_into_module,
+        parameters=("module", "weights_iter"),
+        why="Tensors whose names the model does not have are skipped in silence, and names are not "
+        "translated as at launch: most of a transformer stays as it was, and success is reported.",
+        how="With `--enable-parallel-module-load` that is an error, before anything is written.",
+        upstream="From 0.5.14 on names are translated, and what is skipped is logged.",
+        drop_when="Releases before 0.5.14 are not supported any more.",
+    ),
+)
