@@ -27,6 +27,12 @@ def staging_limit() -> int | None:
     return None if limit is None else limit // MEMORY_SHARE // ranks_here()
 
 
+def page_cache_share() -> int:
+    """Bytes that a process may bring into the page cache for later: half of its memory."""
+    pages: int = os.sysconf("SC_PHYS_PAGES")
+    return (memory_limit() or pages * os.sysconf("SC_PAGE_SIZE")) // 2
+
+
 def usable_cores() -> int:
     """Cores that this process may use: its affinity mask, lowered by its cgroup's CPU quota."""
     cores = len(os.sched_getaffinity(0))

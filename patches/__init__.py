@@ -77,6 +77,7 @@ SGLANG_DIFFUSION = ">=0.5.7,<0.5.24"
 
 _DIFFUSION = f"{DIFFUSION}.runtime"
 _COMPONENTS = "weightlift.patches.sglang_diffusion.components"
+_DIFFUSION_WEIGHTS = "weightlift.patches.sglang_diffusion.weights"
 _DIFFUSION_FLAGS = "weightlift.patches.sglang_diffusion.flags"
 _DIFFUSION_UPDATES = "weightlift.patches.sglang_diffusion.updates"
 
@@ -107,10 +108,21 @@ SGLANG = Integration(
             for module, versions in (
                 ("component_loader", ">=0.5.7,<0.5.9"),
                 ("component_loaders.component_loader", ">=0.5.9,<0.5.24"),
+            )
+        ),
+        *(
+            PatchFile(f"{_DIFFUSION}.loader.{module}", _DIFFUSION_WEIGHTS, versions, "weights")
+            for module, versions in (
+                ("component_loader", ">=0.5.7,<0.5.9"),
                 ("component_loaders.vae_loader", ">=0.5.9,<0.5.19"),
                 ("weight_utils", SGLANG_DIFFUSION),
                 ("fsdp_load", SGLANG_DIFFUSION),
             )
+        ),
+        PatchFile(
+            f"{_DIFFUSION}.pipelines_core.composed_pipeline_base",
+            "weightlift.patches.sglang_diffusion.pipelines",
+            SGLANG_DIFFUSION,
         ),
         *(
             PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_UPDATES, versions)

@@ -12,6 +12,7 @@ import pytest
 from weightlift.loading.benchmark import make_cold
 from weightlift.loading.read_ahead import CHUNK_BYTES, ReadAhead
 from weightlift.loading.residency import PageCache
+from weightlift.patches.sglang_diffusion.pipelines import PipelineLoad
 
 SIZE = 3 * CHUNK_BYTES + 100
 
@@ -93,3 +94,16 @@ def test_what_is_cached_is_not_read_again(files: list[Path]) -> None:
         ahead.add(files)
         wait_for(ahead, SIZE)
     assert ahead.bytes_read == SIZE
+
+
+def test_a_pipeline_has_the_files_of_all_components_read(files: list[Path]) -> None:
+    root = files[0].parent
+    for component, file in zip(("vae", "transformer"), files, strict=True):
+        (root / component).mkdir()
+        file.rename(root / component / "model.safetensors")
+    load = PipelineLoad(["vae", "scheduler", "transformer"], by_size=True)
+    with load.ahead:
+        load.begin(str(root / "scheduler"))
+        load.begin(str(root / "vae"))
+        wait_for(load.ahead, 2 * SIZE)
+    assert load.ahead.bytes_read == 2 * SIZE

@@ -1,0 +1,99 @@
+"""``load_modules``: while the engine builds one component, the files of the next are read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from weightlift.compat.context import context_of
+from weightlift.compat.patch import Patch
+from weightlift.loading.budget import page_cache_share
+from weightlift.loading.read_ahead import ReadAhead
+from weightlift.loading.report import human
+from weightlift.loading.session import LoadSession
+from weightlift.patches import SGLANG_DIFFUSION
+
+logger = logging.getLogger("weightlift")
+
+_MODULE = "sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base"
+
+
+class PipelineLoad:
+    """The load of a pipeline, component by component.
+
+    Args:
+        components: Their names, in the order of the pipeline.
+        by_size: Whether the engine loads the largest first.
+
+    Attributes:
+        session: The load of the component that is on, if it goes by plan.
+        ahead: What reads the files of later ones.
+    """
+
+    def __init__(self, components: Sequence[str], *, by_size: bool) -> None:
+        self.session: LoadSession | None = None
+        self.ahead = ReadAhead(self._is_busy, page_cache_share())
+        self._components = components
+        self._by_size = by_size
+        self._is_known = False
+
+    def begin(self, component: str) -> None:
+        """A component begins to load from this folder; the first one tells where the others are."""
+        if not self._is_known and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._is_known = True
+            root = Path(component).parent
+            found = [sorted((root / name).glob("*.safetensors")) for name in self._components]
+            if self._by_size:
+                found.sort(key=lambda files: -sum(file.stat().st_size for file in files))
+            self.ahead.add(file for files in found for file in files)
+
+    def _is_busy(self) -> bool:
+        session = self.session
+        return session is not None and not session.delivery.is_idle
+
+
+_current: list[PipelineLoad] = []
+
+
+def current_load() -> PipelineLoad | None:
+    """The load of a pipeline that is on in this process, if one is."""
+    return _current[-1] if _current else None
+
+
+def _load_modules(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Load the components as the engine does, and read ahead meanwhile."""
+    if not context_of("sglang").settings().parallel_module_load:
+        return wrapped(*args, **kwargs)
+    by_size = "order_component_load_specs" in wrapped.__globals__  # from 0.5.13 on
+    load = PipelineLoad(instance.required_config_modules, by_size=by_size)
+    _current.append(load)
+    try:
+        with load.ahead:
+            components = wrapped(*args, **kwargs)
+    finally:
+        _current.remove(load)
+    if load.ahead.bytes_read:
+        read = human(load.ahead.bytes_read)
+        logger.info("weightlift: %s were read ahead while components were built", read)
+    return components
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        target=f"{_MODULE}:ComposedPipelineBase.load_modules",
+        versions=SGLANG_DIFFUSION,
+        wrapper=_load_modules,
+        parameters=("server_args",),
+        why="While a component is built, wrapped or pinned nothing is read, and the next one begins "
+        "with a cold file.",
+        how="With `--enable-parallel-module-load` a thread brings the files of later components into "
+        "the page cache, as far as they are not there, whenever no load reads.",
+        upstream="sgl-project/sglang#19092 is open.",
+        drop_when="The engine reads ahead by itself.",
+    ),
+)

@@ -1,0 +1,139 @@
+"""How the loaders of SGLang Diffusion come by weights: lazily, within a planned load."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from weightlift.compat.patch import Patch
+from weightlift.loading.errors import PlanAborted
+from weightlift.loading.lazy import LazyTensor
+from weightlift.loading.session import NamedWeights, active_session
+from weightlift.patches import SGLANG_DIFFUSION
+from weightlift.patches.planned import ITERATOR_NOTES
+from weightlift.patches.sglang_diffusion.pipelines import current_load
+
+_LOADER = "sglang.multimodal_gen.runtime.loader"
+
+
+def _iterator(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> NamedWeights:
+    """Lazy tensors within a planned load, said to be where the stock iterator would bring them."""
+    session = active_session()
+    if session is None:
+        yield from wrapped(*args, **kwargs)
+        return
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    pipeline = current_load()
+    if pipeline is not None:
+        pipeline.ahead.drop(call["hf_weights_files"])
+    checkpoint = session.open(call["hf_weights_files"])
+    names = [entry.name for entry in checkpoint.entries()]
+    if len(set(names)) < len(names):
+        raise session.abort(PlanAborted("several of its files have a tensor of the same name"))
+    is_wanted = call.get("key_filter") or bool
+    wanted = {name for name in names if is_wanted(name)}
+    yield from session.lazies(checkpoint, wanted, _device(wrapped, call))
+
+
+def _device(iterator: Callable[..., Any], call: dict[str, Any]) -> torch.device:
+    """Where the stock iterator would bring the tensors."""
+    plan = call.get("weight_load_plan")
+    if plan is not None:
+        return torch.device(plan.checkpoint_load_device)
+    if call.get("to_cpu", True):
+        return torch.device("cpu")
+    return torch.device(iterator.__globals__["get_local_torch_device"]())
+
+
+def _load_full_state_dict(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Have every parameter filled before the engine works with them."""
+    session = active_session()
+    if session is None:
+        return wrapped(*args, **kwargs)
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    device = call.get("checkpoint_load_device")
+    if device is not None and device.type == "cpu" and torch.cuda.is_available():
+        raise session.abort(PlanAborted("its weights stay on the host, mapped"))
+    result = wrapped(*args, **kwargs)
+    session.adopt(call["model"])
+    return result
+
+
+def _make_param_like(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Give a lazy tensor memory of its own before it becomes a parameter of the right class."""
+    parameter, tensor = args
+    if isinstance(tensor, LazyTensor):
+        tensor = tensor.source.recorder.land(tensor)
+    return wrapped(parameter, tensor)
+
+
+def _load_file(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The tensors of a file, lazily within a planned load."""
+    session = active_session()
+    if session is None or len(args) != 1 or kwargs:
+        return wrapped(*args, **kwargs)
+    return dict(session.iterate(args))
+
+
+_STATE_DICT_NOTES = {
+    "why": "The transformer is built on the meta device and gets parameters made of what it is offered.",
+    "how": "Within a planned load such parameters get memory on their device, which readers fill; "
+    "all are filled before the engine goes on.",
+    "upstream": "Nothing is proposed.",
+    "drop_when": "The engine's own loader reads at the speed of the hardware.",
+}
+
+_FILE_NOTES = {
+    "why": "It reads the whole file into pageable memory.",
+    "how": "Within a planned load it gives lazy tensors.",
+    "upstream": "From 0.5.20 on the engine's loader of VAEs takes the iterator.",
+    "drop_when": "Releases before 0.5.20 are not supported any more.",
+}
+
+PATCHES: tuple[Patch, ...] = (
+    *(
+        Patch(
+            target=f"{_LOADER}.{module}:safetensors_load_file",
+            versions=versions,
+            wrapper=_load_file,
+            parameters=("filename",),
+            **_FILE_NOTES,
+        )
+        for module, versions in (
+            ("component_loader", ">=0.5.7,<0.5.9"),
+            ("component_loaders.vae_loader", ">=0.5.9,<0.5.19"),
+        )
+    ),
+    Patch(
+        target=f"{_LOADER}.weight_utils:safetensors_weights_iterator",
+        versions=SGLANG_DIFFUSION,
+        wrapper=_iterator,
+        parameters=("hf_weights_files",),
+        **{**ITERATOR_NOTES, "upstream": "sgl-project/sglang#34064 reads slices of a rank."},
+    ),
+    Patch(
+        target=f"{_LOADER}.fsdp_load:load_model_from_full_model_state_dict",
+        versions=SGLANG_DIFFUSION,
+        wrapper=_load_full_state_dict,
+        parameters=("model",),
+        **_STATE_DICT_NOTES,
+    ),
+    Patch(
+        target=f"{_LOADER}.fsdp_load:_make_param_like",
+        versions=">=0.5.8,<0.5.24",
+        wrapper=_make_param_like,
+        parameters=("actual_param", "tensor"),
+        **_STATE_DICT_NOTES,
+    ),
+)
