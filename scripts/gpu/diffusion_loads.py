@@ -1,6 +1,6 @@
 """SGLang Diffusion's own pipeline on this GPU: loading its components, stock and with weightlift.
 
-diffusion_loads.py FOLDER OUT [LAYERS]    the checkpoint goes to FOLDER, the table and numbers to OUT
+diffusion_loads.py FOLDER OUT [LAYERS [CACHE]]    the checkpoint goes to FOLDER, table and numbers to OUT
 
 A pipeline of Qwen-Image's shapes: text encoder of 15.2 GB, transformer of LAYERS (60: 41 GB), a small
 VAE. ``build_pipeline`` in a process of its own for each case; the page cache is warm, but for the last
@@ -55,6 +55,7 @@ WAYS: dict[str, tuple[bool, list[str]]] = {
 CASES = [("stock", "warm"), ("weightlift", "warm")] * 2
 CASES += [(way, "warm") for way in WAYS if "offloaded" in way]
 CASES += [("weightlift", "cold"), ("stock", "cold")]
+UPDATED = ["transformer"]
 NOT_NEEDED = (
     "cv2",
     "scipy",
@@ -147,6 +148,7 @@ def load(folder: Path, flags: list[str]) -> dict[str, Any]:
         PipelineComponentLoader,
     )
     from sglang.multimodal_gen.runtime.pipelines_core import composed_pipeline_base
+    from sglang.multimodal_gen.runtime.post_training.weights_updater import WeightsUpdater
 
     seconds: dict[str, float] = {}
     base, components = composed_pipeline_base.ComposedPipelineBase, PipelineComponentLoader
@@ -155,6 +157,11 @@ def load(folder: Path, flags: list[str]) -> dict[str, Any]:
     if not torch.cuda.is_available():
         harness.platform_for_cpu()
     pipeline, _ = harness.build({"model": str(folder), "flags": flags}, 29700)
+    if "--text-encoder-cpu-offload" in flags:
+        update = WeightsUpdater(pipeline).update_weights_from_disk
+        for name in ("first update", "second update"):
+            done, message = timed(update, seconds, name)(str(folder), target_modules=UPDATED)
+            assert done, message
     sums = {}
     for name, module in pipeline.modules.items():
         if isinstance(module, torch.nn.Module):
@@ -210,7 +217,7 @@ def run(folder: Path, way: str, report: Path) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, out: Path, layers: int = LAYERS) -> None:
+def main(folder: Path, out: Path, layers: int = LAYERS, caches: str = "warm cold") -> None:
     """Make, load, compare, write."""
     out.mkdir(parents=True, exist_ok=True)
     pipeline = folder / "Qwen-Image"
@@ -222,7 +229,7 @@ def main(folder: Path, out: Path, layers: int = LAYERS) -> None:
         ceiling = warm_ceiling(pipeline / "transformer", torch.device("cuda"))
     print(f"{stored / 1e9:.1f} GB in files, ceiling {ceiling / 1e9:.1f} GB/s", flush=True)
     rows = []
-    for way, cache in CASES:
+    for way, cache in [case for case in CASES if case[1] in caches]:
         if cache == "cold":
             for file in files:
                 make_cold(file)
@@ -244,4 +251,4 @@ if __name__ == "__main__":
         told = load(Path(sys.argv[2]), sys.argv[3:])
         print(f"RESULT {json.dumps(told)}", flush=True)
         os._exit(0)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:4]), *sys.argv[4:])
