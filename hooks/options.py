@@ -7,11 +7,12 @@ default. A flag becomes the environment variable, for engines spawn the processe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from weightlift.compat.context import Option
+from weightlift.hooks.values import file, one_of, picture, switch, whole
 
 if TYPE_CHECKING:
     from weightlift.loading.settings import Settings
@@ -22,45 +23,13 @@ MOST_STAGING_MIB = 1 << 20
 MOST_STAGE_GIB = 1 << 16
 
 
-def _switch(text: str) -> bool:
-    meaning = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
-    if text.lower() not in meaning:
-        raise ValueError("must be 1, true, on, 0, false or off")
-    return meaning[text.lower()]
-
-
-def _whole(text: str, least: int, most: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if not least <= number <= most:
-        raise ValueError(f"must be a whole number from {least} to {most}")
-    return number
-
-
-def _file(text: str) -> str:
-    if text.startswith(("[", "{")):
-        raise ValueError("must be the name of a file")
-    return text
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in choices:
-            raise ValueError(f"must be {', '.join(choices[:-1])} or {choices[-1]}")
-        return text.lower()
-
-    return parse
-
-
-_mode = _one_of("auto", "on", "off")
+_mode = one_of("auto", "on", "off")
 
 
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="multithread_load",
-        parse=_switch,
+        parse=switch,
         env="WEIGHTLIFT_MULTITHREAD_LOAD",
         help="Load weights with weightlift's readers. On in SGLang and vLLM-Omni once weightlift "
         "is installed, off in vLLM unless asked for; given on purpose, a load that must fall back "
@@ -76,7 +45,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="fast_load",
-        parse=_switch,
+        parse=switch,
         env="WEIGHTLIFT_FAST_LOAD",
         help="Plan loads from one layer of each kind and samples of others, instead of every tensor, "
         "where the architecture is known. Off unless asked for.",
@@ -85,7 +54,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="parallel_module_load",
-        parse=_switch,
+        parse=switch,
         env="WEIGHTLIFT_PARALLEL_MODULE_LOAD",
         help="In SGLang Diffusion, load the components of a pipeline with weightlift's readers, which "
         "read the next ones while the engine builds one. Off unless asked for.",
@@ -99,7 +68,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="num_load_threads",
-        parse=lambda text: _whole(text, 1, MOST_READERS),
+        parse=lambda text: whole(text, 1, MOST_READERS),
         env="WEIGHTLIFT_NUM_LOAD_THREADS",
         help="Readers of each process that loads with weightlift; asks for no such load by itself. "
         "Default: what the engine's own configuration says, unless that is its default too, else "
@@ -114,7 +83,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="readers",
-        parse=_one_of("auto", "processes", "threads"),
+        parse=one_of("auto", "processes", "threads"),
         env="WEIGHTLIFT_READERS",
         help="What reads files: processes, which do not compete with the engine for Python's "
         "interpreter lock; threads; or auto, processes for loads to a GPU. Default: auto.",
@@ -122,14 +91,14 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="staging_mib",
-        parse=lambda text: _whole(text, 16, MOST_STAGING_MIB),
+        parse=lambda text: whole(text, 16, MOST_STAGING_MIB),
         env="WEIGHTLIFT_STAGING_MIB",
         help="Most host memory in MiB for bytes in flight to one device. Default: 256.",
         metavar="MIB",
     ),
     Option(
         name="stage_gib",
-        parse=lambda text: _whole(text, 0, MOST_STAGE_GIB),
+        parse=lambda text: whole(text, 0, MOST_STAGE_GIB),
         env="WEIGHTLIFT_STAGE_GIB",
         help="Host memory in GiB that each rank may take to read the next checkpoint while "
         "generation goes on, when POST /stage_weights asks for it. Default: 0, no staging.",
@@ -138,7 +107,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="stage_watch",
-        parse=_file,
+        parse=file,
         env="WEIGHTLIFT_STAGE_WATCH",
         help="Stage new checkpoints of this directory as they appear, for trainers that cannot ask. "
         "Needs --weight-stage-gib.",
@@ -165,14 +134,25 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         name="report",
-        parse=_file,
+        parse=file,
         env="WEIGHTLIFT_REPORT",
         help="Append one JSON line a load to this file.",
         metavar="FILE",
     ),
     Option(
+        name="load_timeline",
+        parse=picture,
+        env="WEIGHTLIFT_LOAD_TIMELINE",
+        help="Write when each load and each of its shards was read to this file, ending in .html, .png "
+        "or .json, after every load.",
+        flags=dict.fromkeys(
+            ("sglang", "sglang.multimodal_gen", "vllm", "vllm_omni"), ("--load-timeline",)
+        ),
+        metavar="FILE",
+    ),
+    Option(
         name="untested_versions",
-        parse=_switch,
+        parse=switch,
         env="WEIGHTLIFT_UNTESTED_VERSIONS",
         help="Patch engine versions that this weightlift was not tested with.",
         is_switch=True,

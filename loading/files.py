@@ -7,6 +7,7 @@ import itertools
 import os
 import stat
 import threading
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ class ShardFile:
         direct_io: Whether :meth:`fetch` reads past the page cache: ``auto`` for what is not in it,
             on a local filesystem; ``on`` or ``off``.
         bytes_read: Bytes that came from it.
+        first_read_at: When some did first, by ``perf_counter``; 0 for never.
+        last_read_at: When some did last.
         bytes_direct: Those of them that were read past the page cache.
         bytes_staged: Bytes that were in memory already.
     """
@@ -66,6 +69,7 @@ class ShardFile:
         self.staged: Staged | None = None
         self.direct_io = "auto"
         self.bytes_read = 0
+        self.first_read_at = self.last_read_at = 0.0
         self.bytes_direct = 0
         self.bytes_staged = 0
         self._descriptor = descriptor
@@ -133,8 +137,15 @@ class ShardFile:
     def count(self, nbytes: int, *, is_direct: bool = False) -> None:
         """Note that so many bytes came from the file, perhaps past the page cache."""
         with self._counting:
+            self.last_read_at = time.perf_counter()
+            self.first_read_at = self.first_read_at or self.last_read_at
             self.bytes_read += nbytes
             self.bytes_direct += nbytes if is_direct else 0
+
+    @property
+    def times(self) -> tuple[str, float, float, int]:
+        """Its name, when it was first and last read, and how many bytes."""
+        return os.path.basename(self.path), self.first_read_at, self.last_read_at, self.bytes_read
 
     def way(self, *, is_direct: bool) -> Way:
         """How others are to read it, perhaps past the page cache; see :meth:`is_direct`."""

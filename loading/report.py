@@ -9,6 +9,9 @@ import os
 import time
 from dataclasses import dataclass, field
 
+from weightlift.loading import timeline
+from weightlift.loading.settings import Settings
+
 logger = logging.getLogger("weightlift")
 
 WEIGHTLIFT = "weightlift"
@@ -72,6 +75,8 @@ class LoadReport:
     plan_seconds: float = 0.0
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter, repr=False)
+    shards: list[tuple[str, float, float, int]] = field(default_factory=list, repr=False)
+    """Of the timeline: name, first and last read by ``perf_counter``, bytes."""
 
     def fall_back(self, reason: str) -> None:
         """Note that the engine's own loader takes over, and why."""
@@ -81,18 +86,24 @@ class LoadReport:
         self.materialised = self.threads = self.bytes_needed = self.bytes_read = 0
         self.bytes_direct = self.bytes_staged = self.exchanged = 0
         self.plan_seconds = self.seconds = 0.0
+        self.shards = []
 
-    def finish(self, path: str) -> None:
-        """Log the load, and append it as JSON to the file at ``path`` unless that is empty.
+    def finish(self, settings: Settings) -> None:
+        """Log the load, and write the report and the timeline that the settings ask for.
 
-        A report that cannot be written is worth a warning, never a failed load.
+        One that cannot be written is worth a warning, never a failed load.
         """
         self.seconds = self.seconds or time.perf_counter() - self.started
         logger.info("weightlift: %s", self)
-        if not path:
-            return
+        if settings.report:
+            self._append(settings.report)
+        if settings.load_timeline:
+            timeline.record(self, settings.load_timeline)
+
+    def _append(self, path: str) -> None:
+        """Add a line of JSON to a file."""
         facts = dataclasses.asdict(self)
-        del facts["started"]
+        del facts["started"], facts["shards"]
         line = (json.dumps(facts) + "\n").encode()
         try:
             # One write in append mode: lines of several ranks never mix.

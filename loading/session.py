@@ -231,6 +231,7 @@ class LoadSession:
             files = [shard.file for held, _ in self._checkpoints for shard in held.shards]
             self.report.bytes_direct = sum(file.bytes_direct for file in files)
             self.report.bytes_staged = sum(file.bytes_staged for file in files)
+            self.report.shards = [file.times for file in files if file.first_read_at]
 
     def _bytes_read(self) -> int:
         return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)

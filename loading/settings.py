@@ -29,6 +29,7 @@ class Settings:
         exchange: Whether ranks of one host each read a part and pass it on: ``auto`` where that
             reads less, on CUDA devices; ``on`` or ``off``.
         report: A file that gets one JSON line a load; empty for none.
+        load_timeline: A file that gets what was read when, by its ending; empty for none.
         untested_versions: Whether engine versions that weightlift was not tested with are patched.
         asked: Names of the settings that the user gave. Asked for and not to be had is an error.
     """
@@ -44,6 +45,7 @@ class Settings:
     direct_io: str = "auto"
     exchange: str = "auto"
     report: str = ""
+    load_timeline: str = ""
     untested_versions: bool = False
     asked: frozenset[str] = field(default=frozenset())
 

@@ -88,7 +88,7 @@ class Stager:
         report.bytes_staged = nbytes
         report.seconds = time.perf_counter() - started
         if not error:
-            report.finish(self._settings.report)
+            report.finish(self._settings)
         return Staged(self._rank, self._request, path, nbytes, report.seconds, error)
 
     def _work(self) -> None:

@@ -41,7 +41,7 @@ def load_into(
         checkpoint = session.hold(Checkpoint.from_path(path))
         _check(checkpoint, targets, os.fspath(path))
         fill(session, checkpoint, targets)
-    report.finish(settings.report)
+    report.finish(settings)
     return report
 
 

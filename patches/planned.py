@@ -67,7 +67,7 @@ class ModelLoad:
             result = self.load()
         else:
             result = self._by_plan(settings, report)
-        report.finish(settings.report)
+        report.finish(settings)
         return result
 
     def _report(self) -> LoadReport:

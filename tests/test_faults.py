@@ -136,7 +136,7 @@ def test_load_into_names_what_does_not_fit(save: Any) -> None:
 def test_a_report_is_one_json_line_a_load(tmp_path: Path) -> None:
     file = tmp_path / "report.jsonl"
     for phase in ("launch", "update"):
-        LoadReport(engine="sglang", phase=phase, bytes_needed=7).finish(str(file))
+        LoadReport(engine="sglang", phase=phase, bytes_needed=7).finish(Settings(report=str(file)))
     first, second = map(json.loads, file.read_text().splitlines())
     assert (first["phase"], second["phase"], first["bytes_needed"]) == ("launch", "update", 7)
     assert "started" not in first
@@ -145,5 +145,5 @@ def test_a_report_is_one_json_line_a_load(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written_fails_no_load(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    LoadReport().finish(str(tmp_path / "no/such/folder"))
+    LoadReport().finish(Settings(report=str(tmp_path / "no/such/folder")))
     assert "cannot write the report" in caplog.text

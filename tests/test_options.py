@@ -42,6 +42,7 @@ def test_environment_beats_yaml(tmp_path: Path) -> None:
         ("WEIGHTLIFT_NUM_LOAD_THREADS", "257", "whole number from 1 to 256"),
         ("WEIGHTLIFT_MULTITHREAD_LOAD", "perhaps", "must be 1, true, on, 0, false or off"),
         ("WEIGHTLIFT_STAGING_MIB", "-1", "whole number from 16"),
+        ("WEIGHTLIFT_LOAD_TIMELINE", "here.txt", r"ends in \.html, \.png or \.json"),
     ],
 )
 def test_nonsense_names_the_variable_and_what_is_allowed(

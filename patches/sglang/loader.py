@@ -97,7 +97,7 @@ def _note(
         history = history_of(model)
         history.path = report.model_path
         history.load_format = load_format(weights.loader)
-    report.finish(settings.report)
+    report.finish(settings)
     if report.phase == "launch" and settings.multithread_load:
         start_stager(report.rank, settings, known_recordings, pinned=device.type == "cuda")
 

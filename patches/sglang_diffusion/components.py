@@ -56,7 +56,7 @@ class _Component:
             component = self._by_plan(report, original, *args, **kwargs)
         if report.tensors or reason:
             report.architecture = type(component).__name__
-            report.finish(self._settings.report)
+            report.finish(self._settings)
         return component
 
     def load_native(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ def _apply_weights(
     )
     load = _Update(wrapped, args, kwargs)
     result = load.run(instance, modules, settings, report)
-    report.finish(settings.report)
+    report.finish(settings)
     return result
 
 

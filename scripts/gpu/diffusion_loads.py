@@ -217,7 +217,7 @@ def run(folder: Path, way: str, report: Path) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, out: Path, layers: int = LAYERS, caches: str = "warm cold") -> None:
+def main(folder: Path, out: Path, layers: int, caches: str) -> None:
     """Make, load, compare, write."""
     out.mkdir(parents=True, exist_ok=True)
     pipeline = folder / "Qwen-Image"
@@ -251,4 +251,6 @@ if __name__ == "__main__":
         told = load(Path(sys.argv[2]), sys.argv[3:])
         print(f"RESULT {json.dumps(told)}", flush=True)
         os._exit(0)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:4]), *sys.argv[4:])
+    given = sys.argv[1:]
+    folder, out, layers, caches = given + [str(LAYERS), "warm cold"][len(given) - 2 :]
+    main(Path(folder), Path(out), int(layers), caches)
