@@ -144,7 +144,7 @@ OPTIONS: tuple[Option, ...] = (
         parse=picture,
         env="WEIGHTLIFT_LOAD_TIMELINE",
         help="Write when each load and each of its shards was read to this file, ending in .html, .png "
-        "or .json, after every load.",
+        "or .json. Pictures come when no load has ended for three seconds.",
         flags=dict.fromkeys(
             ("sglang", "sglang.multimodal_gen", "vllm", "vllm_omni"), ("--load-timeline",)
         ),

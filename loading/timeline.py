@@ -1,15 +1,18 @@
 """When each load and each of its shards was read: a JSON file, or a picture for where people look.
 
-A process draws anew after each of its loads; of several ranks each has a file of its own.
+JSON is written after each load of a process. A picture is drawn when no load has ended for a while, or
+at the end: that takes a second, which the next load would wait for. Ranks have a file each.
 """
 
 from __future__ import annotations
 
+import atexit
 import html
 import io
 import json
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,11 @@ _LABELS = {
     "engine": "loaded by the engine itself",
 }
 
+QUIET_SECONDS = 3.0
+
+_lock = threading.Lock()
+_waiting: list[threading.Timer] = []
+
 _loads: list[dict[str, Any]] = []
 _origin: list[float] = []
 """When the first load of this process began, by ``perf_counter``."""
@@ -57,8 +65,30 @@ def record(report: LoadReport, file: str) -> None:
     path = Path(file)
     if report.rank:
         path = path.with_name(f"{path.stem}-rank{report.rank}{path.suffix}")
+    if path.suffix == ".json":
+        _write(path)
+        return
+    with _lock:
+        for waiting in _waiting:
+            waiting.cancel()
+        _waiting[:] = [threading.Timer(QUIET_SECONDS, _write, (path,))]
+        _waiting[0].daemon = True
+        _waiting[0].start()
+
+
+@atexit.register
+def draw() -> None:
+    """Draw now what is still to be drawn."""
+    with _lock:
+        for waiting in _waiting:
+            waiting.cancel()
+            waiting.function(*waiting.args)
+        _waiting.clear()
+
+
+def _write(path: Path) -> None:
     try:
-        content = _RENDERERS[path.suffix](_loads)
+        content = _RENDERERS[path.suffix](list(_loads))
         replacement = path.with_name(f".{path.name}.{os.getpid()}")
         replacement.write_bytes(content)
         replacement.replace(path)
@@ -138,7 +168,7 @@ def _figure(loads: list[dict[str, Any]]) -> Figure:
         axes.set_xlabel("seconds since the first load began")
         for kind, label in _LABELS.items():
             axes.barh(0, 0, color=_COLOURS[kind], label=label)
-        axes.legend(fontsize=8, loc="lower right")
+        figure.legend(fontsize=8, loc="outside upper center", ncols=4)
         return figure
 
 

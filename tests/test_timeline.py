@@ -60,8 +60,10 @@ def test_json_has_every_load_with_its_shards_in_order(checkpoint: Path, tmp_path
 
 def test_pictures_can_be_looked_at(checkpoint: Path, tmp_path: Path) -> None:
     png, page = tmp_path / "timeline.png", tmp_path / "timeline.html"
-    load(checkpoint, png)
-    load(checkpoint, page)
+    for file in (png, page):
+        load(checkpoint, file)
+        assert not file.exists(), "the next load need not wait for it"
+        timeline.draw()
     assert png.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
     assert "<svg" in text and "two.safetensors" in text and "<b>" not in text
@@ -72,6 +74,7 @@ def test_a_load_by_the_engine_is_in_it_with_the_reason(tmp_path: Path) -> None:
     report = LoadReport(phase="launch", architecture="Model", rank=1)
     report.fall_back("it is <quantised>")
     report.finish(Settings(load_timeline=str(tmp_path / "timeline.html")))
+    timeline.draw()
     text = (tmp_path / "timeline-rank1.html").read_text()
     assert "launch of Model" in text and "it is &lt;quantised&gt;" in text
 

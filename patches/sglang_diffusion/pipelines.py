@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.budget import page_cache_share
 from weightlift.loading.read_ahead import ReadAhead
+from weightlift.loading.readers import warm_up
 from weightlift.loading.report import human
 from weightlift.loading.session import LoadSession
 from weightlift.patches import SGLANG_DIFFUSION
@@ -67,9 +70,12 @@ def _load_modules(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Load the components as the engine does, and read ahead meanwhile."""
-    if not context_of("sglang").settings().parallel_module_load:
+    settings = context_of("sglang").settings()
+    if not settings.parallel_module_load:
         return wrapped(*args, **kwargs)
     by_size = "order_component_load_specs" in wrapped.__globals__  # from 0.5.13 on
+    if torch.cuda.is_available():
+        warm_up(torch.device("cuda", torch.cuda.current_device()), settings)
     load = PipelineLoad(instance.required_config_modules, by_size=by_size)
     _current.append(load)
     try:
