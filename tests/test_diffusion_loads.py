@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engines.diffusion_harness import NAMES
-from engines.environment import DIFFUSION_VERSIONS, diffusion_and_sglang, diffusion_releases
+from engines.environment import (
+    DIFFUSION_VERSIONS,
+    diffusion_and_sglang,
+    diffusion_releases,
+    releases,
+)
 from engines.runs import Runs, run_cases, run_harness
 
 ASKED = {"WEIGHTLIFT_PARALLEL_MODULE_LOAD": "1"}
@@ -99,6 +105,27 @@ def test_stock_and_weightlift_leave_and_make_the_same(
 def sizes(folder: Path) -> dict[Path, int]:
     """Of all shards."""
     return {file: file.stat().st_size for file in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("version", releases("0.5.17", more=("0.5.13.post1", NEWEST)))
+def test_keywords_of_the_python_api_reach_the_worker(
+    version: str, pipelines: Path, tmp_path: Path
+) -> None:
+    given = {"enable_parallel_module_load": True, "num_load_threads": 3}
+    reports = tmp_path / "reports.jsonl"
+    model = pipelines / "sound" / NAMES["wan"]
+    told = run_harness(
+        "diffusion_api.py",
+        [model, json.dumps(given)],
+        *diffusion_and_sglang(version),
+        WEIGHTLIFT_REPORT=str(reports),
+        TORCHDYNAMO_DISABLE="1",
+    )
+    found = [json.loads(line) for line in reports.read_text().splitlines()]
+    assert {"WanTransformer3DModel", "UMT5EncoderModel"} <= {load["architecture"] for load in found}
+    assert {(load["mode"], load["threads"]) for load in found} == {("weightlift", 3)}
+    left = json.loads(told.partition("RESULT ")[2].splitlines()[0])
+    assert left == {"WEIGHTLIFT_REPORT": str(reports)}, "they hold for that engine alone"
 
 
 def test_a_hundred_loads_with_readers_in_random_order_are_the_same(
