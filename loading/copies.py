@@ -20,6 +20,7 @@ from weightlift.loading.header import TensorEntry
 from weightlift.loading.lazy import LazyTensor, as_reported, data_of, geometry, place_of
 from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
+from weightlift.loading.source import JoinedSource
 from weightlift.loading.transfer import Transfer, extent
 
 
@@ -50,6 +51,11 @@ class Copies:
         self._all_wait = all_wait
         self._lock = threading.RLock()
 
+    @property
+    def joins(self) -> bool:
+        """Whether concatenations stay lazy; a ledger takes down the copies of single tensors."""
+        return self.ledger is None
+
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
         """Fill ``target`` from the file, in the background where that is safe.
 
@@ -61,7 +67,15 @@ class Copies:
         shape, stride, _, dtype = geometry(lazy)
         entry = lazy.source.entry
         is_cast_twice = lazy.cast_to not in (None, target.dtype)
-        if is_cast_twice or not is_plain(target, shape) or lazy.source.realised is not None:
+        is_joined = isinstance(lazy.source, JoinedSource)
+        if is_joined and not is_cast_twice and self._copy_parts(target, lazy):
+            return
+        if (
+            is_joined
+            or is_cast_twice
+            or not is_plain(target, shape)
+            or lazy.source.realised is not None
+        ):
             self._blame(entry, "a copy that takes more than moving bytes")
             self._copy_now(target, lazy)
             return
@@ -83,6 +97,22 @@ class Copies:
         self.delivery.add(transfer)
         if self.is_exhausted:
             self.delivery.flush()
+
+    def _copy_parts(self, target: torch.Tensor, lazy: LazyTensor) -> bool:
+        """Fill ``target`` from the parts of a joined tensor, if that is asked for as a whole."""
+        source = lazy.source
+        assert isinstance(source, JoinedSource)
+        shape, stride, offset, _ = geometry(lazy)
+        if source.realised is not None or target.shape != shape:
+            return False
+        if not source.is_whole(shape, stride, offset):
+            return False
+        start = 0
+        for part in source.parts:
+            length = part.shape[source.dimension]
+            self.copy(target.narrow(source.dimension, start, length), part)
+            start += length
+        return True
 
     def land(self, lazy: LazyTensor) -> torch.Tensor:
         """A real tensor in place of a lazy one, where and of the dtype that it says; filled later."""
@@ -111,8 +141,13 @@ class Copies:
             self.ledger.blamed.setdefault(entry.name, why)
 
     def read(self, lazy: LazyTensor) -> torch.Tensor:
-        """The data of a lazy tensor, on the CPU, in memory of its own."""
-        shape, stride, _, dtype = geometry(lazy)
+        """The data of a lazy tensor in memory of its own, on the CPU or where its parts are."""
+        shape, stride, offset, dtype = geometry(lazy)
+        if isinstance(lazy.source, JoinedSource):
+            parts = [data_of(part) for part in lazy.source.parts]
+            with torch._C.DisableTorchFunction():
+                whole = torch.cat(parts, lazy.source.dimension)
+                return whole.as_strided(shape, stride, offset).clone()
         with self._lock:
             self.report.materialised += 1
         with torch._C.DisableTorchFunction():

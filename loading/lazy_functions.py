@@ -25,6 +25,7 @@ from weightlift.loading.lazy import (
     wrap,
 )
 from weightlift.loading.operations import (
+    CONCATENATIONS,
     COPY,
     DEVICE_GETTERS,
     DTYPE_GETTERS,
@@ -40,7 +41,7 @@ from weightlift.loading.operations import (
     map_tensors,
     tensors_in,
 )
-from weightlift.loading.source import Source
+from weightlift.loading.source import JoinedSource, Source
 
 _META = torch.device("meta")
 
@@ -164,9 +165,31 @@ def _set_item(func: Function, args: Args, kwargs: Kwargs) -> Any:
 def _realise(lazy: LazyTensor) -> None:
     """A write is coming: the source moves to memory, where all its views see the write."""
     if lazy.source.is_moved:
-        raise aborted(lazy, f"{lazy!r} has a copy on another device and is written to")
+        raise aborted(lazy, f"{lazy!r} has a lazy copy and is written to")
     lazy.source.recorder.materialised(lazy)
     lazy.source.realise(lazy_tensor(lazy.source))
+
+
+def _cat(func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Stay lazy if whole tensors of one kind are concatenated."""
+    parts = tuple(args[0]) if args else ()
+    dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if not parts or not isinstance(dimension, int) or not kwargs.keys() <= {"dim"}:
+        return _run(func, args, kwargs)
+    kinds = {(part.dtype, part.device) for part in parts}
+    if len(kinds) > 1 or not all(_can_join(part) for part in parts):
+        return _run(func, args, kwargs)
+    for part in parts:
+        part.source.is_moved = True
+    meta = torch.cat([as_reported(part, _META) for part in parts], dimension)
+    source = JoinedSource(parts, dimension % meta.dim(), meta)
+    return wrap(meta, source, parts[0].reported_device)
+
+
+def _can_join(part: torch.Tensor) -> bool:
+    return (
+        isinstance(part, LazyTensor) and part.source.realised is None and part.source.recorder.joins
+    )
 
 
 def _dtype(func: Function, args: Args, kwargs: Kwargs) -> Any:
@@ -195,6 +218,7 @@ _HANDLERS: dict[Function, Callable[[Function, Args, Kwargs], Any]] = {
     **dict.fromkeys(DEVICE_GETTERS, _device),
     **dict.fromkeys(MOVES, _move),
     **dict.fromkeys(ESCAPES, _escape),
+    **dict.fromkeys(CONCATENATIONS, _cat),
     COPY: _copy,
     SET_ITEM: _set_item,
 }

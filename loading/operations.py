@@ -69,6 +69,8 @@ DEVICE_GETTERS: dict[Function, str] = {
     for getter in _named(_T, name)
 }
 
+CONCATENATIONS = frozenset(_named(torch, "cat concat concatenate"))
+
 MOVES = frozenset(_named(_T, "to cpu cuda float half bfloat16 double type"))
 """To another device or dtype; the tensor itself where that is the one it has."""
 

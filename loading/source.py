@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 class Recorder(Protocol):
     """Who takes what is done with lazy tensors; a load session."""
 
+    @property
+    def joins(self) -> bool:
+        """Whether concatenations stay lazy: nobody keeps account of each tensor's copies."""
+        ...
+
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
         """Fill ``target``, now or before the load ends."""
 
@@ -55,7 +60,7 @@ class Source:
         storage: Identity of the meta storage that its views have in common.
         realised: Set once a loader wrote into one of the views: from then on they are views of
             that memory.
-        is_moved: Whether there is a lazy copy of it on another device.
+        is_moved: Whether there is a lazy copy of it: on another device, cast, or in a joined tensor.
     """
 
     __slots__ = (
@@ -78,3 +83,26 @@ class Source:
         with self._lock:
             if self.realised is None:
                 self.realised = self.recorder.read(whole)
+
+
+class JoinedSource(Source):
+    """Several lazy tensors, one after the other along a dimension. Has the entry of the first.
+
+    Attributes:
+        parts: The tensors, of one dtype and on one device.
+        dimension: Along which they follow each other.
+    """
+
+    __slots__ = ("dimension", "parts")
+
+    def __init__(self, parts: tuple[LazyTensor, ...], dimension: int, meta: torch.Tensor) -> None:
+        first = parts[0].source
+        super().__init__(first.entry, first.file, first.recorder)
+        self.meta = meta
+        self.storage = meta.untyped_storage()._cdata
+        self.parts = parts
+        self.dimension = dimension
+
+    def is_whole(self, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> bool:
+        """Whether a view with this geometry is all of it."""
+        return (shape, stride, offset) == (tuple(self.meta.shape), self.meta.stride(), 0)

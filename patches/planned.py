@@ -35,6 +35,7 @@ class ModelLoad:
         path: Where the weights come from.
         load: Loads it as the engine does. Can be called again.
         is_opt_in: Whether weightlift has to be asked for: it was not measured there on a GPU.
+        all_wait: Whether small copies wait for readers too; see :class:`LoadSession`.
     """
 
     engine: str
@@ -42,6 +43,7 @@ class ModelLoad:
     path: str
     load: Callable[[], Any]
     is_opt_in: bool = False
+    all_wait: bool = False
 
     def run(self, settings: Settings, refusal: str) -> Any:
         """What the engine's load returns; a report is made of what weightlift was asked for.
@@ -84,7 +86,7 @@ class ModelLoad:
 
     def _by_plan(self, settings: Settings, report: LoadReport) -> Any:
         """Load with lazy tensors; if the model cannot do with them, load again with real ones."""
-        session = LoadSession(settings, report)
+        session = LoadSession(settings, report, all_wait=self.all_wait)
         try:
             with planned_by(session, self.model):
                 result = self.load()

@@ -94,7 +94,7 @@ def test_stock_and_weightlift_leave_and_make_the_same(
     wanted = {"WanTransformer3DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel"}
     wanted |= {"T5EncoderModel", "CLIPTextModel"}
     assert modes.keys() >= wanted and set(modes.values()) == {"weightlift"}, modes
-    assert all(report["planned"] > report["materialised"] for report in runs.reports)
+    assert all(report["planned"] and not report["materialised"] for report in runs.reports)
     # Damage is told, with its file where the engine does not see it first; nothing deletes that.
     assert runs.error("damaged transformer")
     error = runs.error("damaged text_encoder")

@@ -98,6 +98,21 @@ COPIES: dict[str, Loader] = {
         t[:1, :20].copy_(w[1:2, 3:13].view(torch.int16)),
     ),
     "one element in a column": lambda t, w: t[:1, :1].t().copy_(w[:1, :1]),
+    "cast": lambda t, w: t[:48, :40].copy_(w.to(torch.bfloat16)),
+    "cast twice": lambda t, w: t[:48, :40].copy_(w.half().to(torch.bfloat16)),
+    "a view of a cast": lambda t, w: t[:20, :40].copy_(w.half()[20:40]),
+    "the dtype of a cast": lambda t, w: t[:48, :40].copy_(
+        w.half() if w.half().element_size() == 2 else w
+    ),
+    "joined": lambda t, w: t[:, :40].copy_(torch.cat([w, w])),
+    "joined sideways": lambda t, w: t[:48].copy_(torch.cat([w, w], dim=-1)),
+    "joined and cast": lambda t, w: t[:, :40].copy_(torch.cat((w, w)).to(t.device, torch.float16)),
+    "cast and joined": lambda t, w: t[:, :40].copy_(torch.cat([w.half(), w.half()]).bfloat16()),
+    "views joined": lambda t, w: t[:40, :40].copy_(torch.cat([w[:10], w.t()[:30, :40]])),
+    "part of what was joined": lambda t, w: t[:24, :40].copy_(torch.cat([w, w])[30:54]),
+    "joined and written to": lambda t, w: t[:, :40].copy_(torch.cat([w, w]).mul_(2)),
+    "joined with a real one": lambda t, w: t[:, :40].copy_(torch.cat([w, torch.ones(48, 40)])),
+    "joined twice": lambda t, w: t[:, :40].copy_(torch.cat([torch.cat([w[:8], w]), w[8:]])),
     "moved axes": lambda t, w: t[:40, :48].copy_(w.moveaxis(0, 1)),
     "one column": lambda t, w: t[:48, 0].copy_(w[:, 3]),
 }
@@ -326,7 +341,7 @@ def test_a_lazy_tensor_on_another_device_is_not_written_to(save: Any, open_sessi
         assert lazy.to("cpu") is lazy
         moved = lazy.to("meta")
         for either in (moved, lazy):
-            with pytest.raises(PlanAborted, match="another device"):
+            with pytest.raises(PlanAborted, match="has a lazy copy"):
                 either.mul_(2)
 
 

@@ -36,7 +36,8 @@ def _load_weights(
     settings = settings.with_threads(_threads(config))
     refusal = _refusal(call, config, settings)
     load = functools.partial(wrapped, *args, **kwargs)
-    return ModelLoad("vllm_omni", model, _path(model), load).run(settings, refusal)
+    by_plan = ModelLoad("vllm_omni", model, _path(model), load, all_wait=True)
+    return by_plan.run(settings, refusal)
 
 
 def _tell(config: Any, settings: Settings) -> None:
