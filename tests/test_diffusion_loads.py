@@ -77,6 +77,7 @@ def test_stock_and_weightlift_leave_and_make_the_same(
     cases += [
         {**wan, "name": "off", "flags": ["--disable-parallel-module-load"], "env": ASKED},
         {**wan, "name": "not asked"},
+        {**wan, "name": "mapped", "mapped": True, "env": ASKED},
     ]
     for component in ("transformer", "text_encoder"):
         model = pipelines / f"damaged {component}" / NAMES["wan"]
@@ -87,14 +88,17 @@ def test_stock_and_weightlift_leave_and_make_the_same(
         (stock,), (ours,) = runs.told[f"{kind} stock"], runs.told[kind]
         assert "error" not in stock, stock["trace"]
         assert {**ours, "case": ""} == {**stock, "case": ""}, kind
-    for name in ("off", "not asked"):
+    for name in ("off", "not asked", "mapped"):
         assert runs.told[name][0]["components"] == runs.told["wan stock"][0]["components"]
     # Weightlift did it: the transformers, the text encoders; VAEs too where they have no mapping.
-    modes = {report["architecture"]: report["mode"] for report in runs.reports}
+    reports = [report for report in runs.reports if not report["fallback_reason"]]
+    modes = {report["architecture"]: report["mode"] for report in reports}
     wanted = {"WanTransformer3DModel", "FluxTransformer2DModel", "QwenImageTransformer2DModel"}
     wanted |= {"T5EncoderModel", "CLIPTextModel"}
     assert modes.keys() >= wanted and set(modes.values()) == {"weightlift"}, modes
-    assert all(report["planned"] and not report["materialised"] for report in runs.reports)
+    assert all(report["planned"] and not report["materialised"] for report in reports)
+    (mapped,) = [report for report in runs.reports if report["fallback_reason"]]
+    assert mapped["architecture"] == "WanTransformer3DModel" and "host" in mapped["fallback_reason"]
     # Damage is told, with its file where the engine does not see it first; nothing deletes that.
     assert runs.error("damaged transformer")
     error = runs.error("damaged text_encoder")

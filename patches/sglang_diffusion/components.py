@@ -7,6 +7,7 @@ changes the default dtype, class methods and the tensor-parallel group of the wh
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import logging
@@ -54,7 +55,7 @@ class _Component:
             component = original(*args, **kwargs)
         else:
             component = self._by_plan(report, original, *args, **kwargs)
-        if report.tensors or reason:
+        if report.tensors or report.fallback_reason:
             report.architecture = type(component).__name__
             report.finish(self._settings)
         return component
@@ -81,14 +82,15 @@ class _Component:
             self._damage = error
             raise
         except Exception as error:
-            if not report.tensors:  # nothing of ours was in it
+            if not report.tensors and session.aborted is None:  # nothing of ours was in it
                 raise
             reason = str(session.aborted or repr(error))
-            logger.warning("weightlift: %s is loaded again by the engine: %s", self._path, reason)
-            report.fall_back(reason)
-            report.tensors = 1
-            torch.set_rng_state(random_before)  # layers are initialised once more
-            return original(*args, **kwargs)
+        # The error is gone, and with its traceback the component that was half built.
+        logger.warning("weightlift: %s is loaded again by the engine: %s", self._path, reason)
+        report.fall_back(reason)
+        gc.collect()
+        torch.set_rng_state(random_before)  # layers are initialised once more
+        return original(*args, **kwargs)
 
 
 def _load(

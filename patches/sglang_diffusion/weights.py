@@ -58,12 +58,16 @@ def _load_full_state_dict(
     if session is None:
         return wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    device = call.get("checkpoint_load_device")
-    if device is not None and device.type == "cpu" and torch.cuda.is_available():
+    if _stay_mapped(call.get("checkpoint_load_device")):
         raise session.abort(PlanAborted("its weights stay on the host, mapped"))
     result = wrapped(*args, **kwargs)
     session.adopt(call["model"])
     return result
+
+
+def _stay_mapped(device: torch.device | None) -> bool:
+    """Whether the weights stay on the host beside a GPU: from 0.5.18 on, as the file's pages."""
+    return device is not None and device.type == "cpu" and torch.cuda.is_available()
 
 
 def _make_param_like(

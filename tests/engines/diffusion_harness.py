@@ -4,7 +4,8 @@ diffusion_harness.py CASES.json    see ``engines.forked``
 
 A case has besides: model, flags, generate=true to make a video of its pipeline, trials=N to build it N
 times with readers that take work in random order, memory=true to watch memory meanwhile, and updates, a list of
-paths with the modules to update and the component whose files cannot be read. Releases before 0.5.13
+paths with the modules to update and the component whose files cannot be read, and mapped=true for
+transformers that are taken to stay on the host beside a GPU. Releases before 0.5.13
 get what later ones have for a CPU themselves; from 0.5.21 on two operators are compiled ones, which are
 written out here.
 """
@@ -311,6 +312,10 @@ def unreadable(component: str) -> Iterator[None]:
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load the pipeline of a case, and run it if asked to."""
     torch.manual_seed(0)
+    if case.get("mapped"):
+        from weightlift.patches.sglang_diffusion import weights
+
+        weights._stay_mapped = lambda device: True
     if case.get("trials"):
         return tried(case, port)
     with MemoryWatch() if case.get("memory") else contextlib.nullcontext() as watch:
