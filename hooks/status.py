@@ -42,10 +42,9 @@ class EngineStatus:
 
     @property
     def is_patched(self) -> bool:
-        """Whether every module got its patches."""
-        return bool(self.modules) and all(
-            result.outcome is Outcome.APPLIED for result in self.modules.values()
-        )
+        """Whether every module got its patches; parts that are not installed do not count."""
+        outcomes = {result.outcome for result in self.modules.values()}
+        return outcomes - {Outcome.NOT_INSTALLED} == {Outcome.APPLIED}
 
 
 def hook_folder() -> Path | None:
@@ -66,7 +65,8 @@ def engine_status(integration: Integration) -> EngineStatus:
     modules: dict[str, Result] = {}
     if engine and result.outcome is Outcome.WAITING:
         modules = _probe(integration, engine)
-        worst = [item for item in modules.values() if item.outcome is not Outcome.APPLIED]
+        fine = (Outcome.APPLIED, Outcome.NOT_INSTALLED)
+        worst = [item for item in modules.values() if item.outcome not in fine]
         result = worst[0] if worst else Result(Outcome.APPLIED)
     return EngineStatus(integration.engine, engine, integration.versions, result, modules)
 
@@ -102,6 +102,13 @@ def report(name: str) -> None:
         module = file.label
         try:
             importlib.import_module(file.target)
+        except ModuleNotFoundError as error:
+            outcome = Outcome.NOT_INSTALLED if file.extra else Outcome.FAILED
+            told[module] = (
+                outcome.value,
+                f"needs {error.name}, as in {file.extra or 'the engine'}",
+            )
+            continue
         except Exception as error:  # noqa: BLE001 - the engine's own trouble; told, and the next one is tried
             told[module] = (Outcome.FAILED.value, f"cannot be imported: {error!r}")
             continue

@@ -22,12 +22,14 @@ class PatchFile:
         source: The module of ours with its ``PATCHES``; those of other targets do not count.
         versions: PEP 440 range of the releases that have the target.
         topic: Tells two files for one target apart.
+        extra: What has to be installed for this part of the engine, if that is more than the engine.
     """
 
     target: str
     source: str
     versions: str = ">=0"
     topic: str = ""
+    extra: str = ""
 
     @property
     def label(self) -> str:
@@ -76,6 +78,7 @@ SGLANG_DIFFUSION = ">=0.5.7,<0.5.24"
 """Its releases whose components the tests load; those before are of another make."""
 
 _DIFFUSION = f"{DIFFUSION}.runtime"
+_EXTRA = "sglang[diffusion]"
 _COMPONENTS = "weightlift.patches.sglang_diffusion.components"
 _DIFFUSION_WEIGHTS = "weightlift.patches.sglang_diffusion.weights"
 _DIFFUSION_FLAGS = "weightlift.patches.sglang_diffusion.flags"
@@ -104,14 +107,16 @@ SGLANG = Integration(
             ">=0.5.16",
         ),
         *(
-            PatchFile(f"{_DIFFUSION}.loader.{module}", _COMPONENTS, versions)
+            PatchFile(f"{_DIFFUSION}.loader.{module}", _COMPONENTS, versions, extra=_EXTRA)
             for module, versions in (
                 ("component_loader", ">=0.5.7,<0.5.9"),
                 ("component_loaders.component_loader", ">=0.5.9,<0.5.24"),
             )
         ),
         *(
-            PatchFile(f"{_DIFFUSION}.loader.{module}", _DIFFUSION_WEIGHTS, versions, "weights")
+            PatchFile(
+                f"{_DIFFUSION}.loader.{module}", _DIFFUSION_WEIGHTS, versions, "weights", _EXTRA
+            )
             for module, versions in (
                 ("component_loader", ">=0.5.7,<0.5.9"),
                 ("component_loaders.vae_loader", ">=0.5.9,<0.5.19"),
@@ -123,16 +128,17 @@ SGLANG = Integration(
             f"{_DIFFUSION}.pipelines_core.composed_pipeline_base",
             "weightlift.patches.sglang_diffusion.pipelines",
             SGLANG_DIFFUSION,
+            extra=_EXTRA,
         ),
         *(
-            PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_UPDATES, versions)
+            PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_UPDATES, versions, extra=_EXTRA)
             for module, versions in (
                 ("loader.weights_updater", ">=0.5.9,<0.5.14"),
                 ("post_training.weights_updater", ">=0.5.14,<0.5.24"),
             )
         ),
         *(
-            PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_FLAGS, versions)
+            PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_FLAGS, versions, extra=_EXTRA)
             for module, versions in (
                 ("server_args", ">=0.5.7,<0.5.16"),
                 ("server_args.server_args", ">=0.5.16,<0.5.24"),

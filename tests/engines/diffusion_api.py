@@ -24,7 +24,8 @@ def main(model: str, keywords: str) -> None:
         local_mode=True,
         **json.loads(keywords),
     )
-    left = {name: value for name, value in os.environ.items() if name.startswith("WEIGHTLIFT_")}
+    kept = ("WEIGHTLIFT_PARALLEL_MODULE_LOAD", "WEIGHTLIFT_NUM_LOAD_THREADS")
+    left = [name for name in kept if name in os.environ]
     sys.stdout.write(f"RESULT {json.dumps(left)}\n")
     sys.stdout.flush()
     generator.shutdown()

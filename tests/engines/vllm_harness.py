@@ -11,6 +11,7 @@ the whole stream, as thinkers do.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -36,6 +37,7 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
 
     if case.get("collect"):
         collect_before_loading()
+    os.environ["VLLM_DIST_IDENT"] = str(port)  # of the ranks of one engine, which it starts itself
     size = case.get("tp", 1)
     options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128}
     config = EngineArgs(
