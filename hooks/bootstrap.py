@@ -17,7 +17,7 @@ from weightlift.compat.context import Context, provide
 from weightlift.compat.engines import Engine, find_engine
 from weightlift.compat.patch import Handle, Outcome, Patch, Result, put_on, take_off
 from weightlift.hooks import options
-from weightlift.patches import INTEGRATIONS, Integration
+from weightlift.patches import INTEGRATIONS, Integration, PatchFile
 
 logger = logging.getLogger("weightlift")
 
@@ -98,7 +98,7 @@ def _install(integration: Integration) -> None:
         module = file.target
         key = f"{engine.name} {file.label}"
         _state.results[key] = Result(Outcome.WAITING, "not imported yet")
-        hook = functools.partial(_patch, integration, engine, file.source, key)
+        hook = functools.partial(_patch, integration, engine, file, key)
         imported = sys.modules.get(module)
         if imported and not getattr(imported.__spec__, "_initializing", False):
             hook(imported)
@@ -108,7 +108,7 @@ def _install(integration: Integration) -> None:
 
 
 def _patch(
-    integration: Integration, engine: Engine, patch_file: str, key: str, module: ModuleType
+    integration: Integration, engine: Engine, file: PatchFile, key: str, module: ModuleType
 ) -> None:
     """Runs when a target module has been imported. An error here fails the engine's import.
 
@@ -121,7 +121,7 @@ def _patch(
         try:
             version = integration.selected_version(engine, untested=True)
             assert version, "the newest version stands in for those that are not known"
-            patches: tuple[Patch, ...] = importlib.import_module(patch_file).PATCHES
+            patches: tuple[Patch, ...] = importlib.import_module(file.source).PATCHES
             mine = [patch for patch in patches if patch.module == module.__name__]
             fitting = [patch for patch in mine if patch.fits(version)]
             result, handles = put_on(fitting, module)
@@ -133,6 +133,7 @@ def _patch(
     if result.outcome is Outcome.APPLIED:
         return
     problem = f"{module.__name__} stays stock: {result.detail}"
-    if options.insists_on_multithread_load():
-        raise RuntimeError(f"multithread load was asked for and cannot be had: {problem}")
+    if options.insists_on(file.switch):
+        asked = file.switch.replace("_", " ")
+        raise RuntimeError(f"{asked} was asked for and cannot be had: {problem}")
     logger.warning("weightlift: %s", problem)

@@ -190,13 +190,13 @@ def settings(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(**given, asked=frozenset(given))
 
 
-def insists_on_multithread_load() -> bool:
-    """Whether the user asked for it, rather than it being on by default."""
+def insists_on(name: str) -> bool:
+    """Whether the user asked for what this switch turns on, rather than it being on by default."""
     try:
         found = settings()
     except OptionError:  # told where the load starts
         return False
-    return found.multithread_load and "multithread_load" in found.asked
+    return name in found.asked and getattr(found, name) is True
 
 
 def _from_yaml(path: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class PatchFile:
         versions: PEP 440 range of the releases that have the target.
         topic: Tells two files for one target apart.
         extra: What has to be installed for this part of the engine, if that is more than the engine.
+        switch: The option that asks for what these patches do.
     """
 
     target: str
@@ -30,6 +31,7 @@ class PatchFile:
     versions: str = ">=0"
     topic: str = ""
     extra: str = ""
+    switch: str = "multithread_load"
 
     @property
     def label(self) -> str:
@@ -78,11 +80,6 @@ SGLANG_DIFFUSION = ">=0.5.7,<0.5.24"
 """Its releases whose components the tests load; those before are of another make."""
 
 _DIFFUSION = f"{DIFFUSION}.runtime"
-_EXTRA = "sglang[diffusion]"
-_COMPONENTS = "weightlift.patches.sglang_diffusion.components"
-_DIFFUSION_WEIGHTS = "weightlift.patches.sglang_diffusion.weights"
-_DIFFUSION_FLAGS = "weightlift.patches.sglang_diffusion.flags"
-_DIFFUSION_UPDATES = "weightlift.patches.sglang_diffusion.updates"
 
 SGLANG = Integration(
     engine="sglang",
@@ -107,42 +104,27 @@ SGLANG = Integration(
             ">=0.5.16",
         ),
         *(
-            PatchFile(f"{_DIFFUSION}.loader.{module}", _COMPONENTS, versions, extra=_EXTRA)
-            for module, versions in (
-                ("component_loader", ">=0.5.7,<0.5.9"),
-                ("component_loaders.component_loader", ">=0.5.9,<0.5.24"),
-            )
-        ),
-        *(
             PatchFile(
-                f"{_DIFFUSION}.loader.{module}", _DIFFUSION_WEIGHTS, versions, "weights", _EXTRA
+                f"{_DIFFUSION}.{module}",
+                f"weightlift.patches.sglang_diffusion.{source}",
+                versions,
+                topic="weights" if source == "weights" else "",
+                extra="sglang[diffusion]",
+                switch="parallel_module_load",
             )
-            for module, versions in (
-                ("component_loader", ">=0.5.7,<0.5.9"),
-                ("component_loaders.vae_loader", ">=0.5.9,<0.5.19"),
-                ("weight_utils", SGLANG_DIFFUSION),
-                ("fsdp_load", SGLANG_DIFFUSION),
-            )
-        ),
-        PatchFile(
-            f"{_DIFFUSION}.pipelines_core.composed_pipeline_base",
-            "weightlift.patches.sglang_diffusion.pipelines",
-            SGLANG_DIFFUSION,
-            extra=_EXTRA,
-        ),
-        *(
-            PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_UPDATES, versions, extra=_EXTRA)
-            for module, versions in (
-                ("loader.weights_updater", ">=0.5.9,<0.5.14"),
-                ("post_training.weights_updater", ">=0.5.14,<0.5.24"),
-            )
-        ),
-        *(
-            PatchFile(f"{_DIFFUSION}.{module}", _DIFFUSION_FLAGS, versions, extra=_EXTRA)
-            for module, versions in (
-                ("server_args", ">=0.5.7,<0.5.16"),
-                ("server_args.server_args", ">=0.5.16,<0.5.24"),
-                ("entrypoints.diffusion_generator", SGLANG_DIFFUSION),
+            for module, source, versions in (
+                ("pipelines_core.composed_pipeline_base", "pipelines", SGLANG_DIFFUSION),
+                ("loader.component_loader", "components", ">=0.5.7,<0.5.9"),
+                ("loader.component_loader", "weights", ">=0.5.7,<0.5.9"),
+                ("loader.component_loaders.component_loader", "components", ">=0.5.9,<0.5.24"),
+                ("loader.component_loaders.vae_loader", "weights", ">=0.5.9,<0.5.19"),
+                ("loader.weight_utils", "weights", SGLANG_DIFFUSION),
+                ("loader.fsdp_load", "weights", SGLANG_DIFFUSION),
+                ("loader.weights_updater", "updates", ">=0.5.9,<0.5.14"),
+                ("post_training.weights_updater", "updates", ">=0.5.14,<0.5.24"),
+                ("server_args", "flags", ">=0.5.7,<0.5.16"),
+                ("server_args.server_args", "flags", ">=0.5.16,<0.5.24"),
+                ("entrypoints.diffusion_generator", "flags", SGLANG_DIFFUSION),
             )
         ),
     ),

@@ -72,6 +72,10 @@ def _load_modules(
     """Load the components as the engine does, and read ahead meanwhile."""
     settings = context_of("sglang").settings()
     if not settings.parallel_module_load:
+        logger.info(
+            "weightlift: the engine loads its components by itself; --enable-parallel-module-load (or "
+            "WEIGHTLIFT_PARALLEL_MODULE_LOAD=1) has weightlift do it"
+        )
         return wrapped(*args, **kwargs)
     by_size = "order_component_load_specs" in wrapped.__globals__  # from 0.5.13 on
     if torch.cuda.is_available():

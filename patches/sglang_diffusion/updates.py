@@ -15,6 +15,7 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
 from weightlift.patches.sglang_diffusion.components import rank
+from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
 from weightlift.patches.shadow import shadowed
 
 logger = logging.getLogger("weightlift")
@@ -41,8 +42,13 @@ def _apply_weights(
         rank=rank(),
         architecture=", ".join(type(module).__name__ for module in modules.values()),
     )
-    load = _Update(wrapped, args, kwargs)
-    result = load.run(instance, modules, settings, report)
+    if any(is_sharded(module) for module in modules.values()):
+        report.fall_back(SHARDED)
+        result: tuple[bool, str] = wrapped(*args, **kwargs)
+    else:
+        result = _Update(wrapped, args, kwargs).run(instance, modules, settings, report)
+    if not result[0]:
+        report.plan_note = result[1]
     report.finish(settings)
     return result
 
@@ -86,6 +92,8 @@ class _Update:
                 logger.error("weightlift: %s", failure)
                 return False, f"{failure} All modules rolled back to original weights."
         if session.aborted is None:
+            if not is_planned and not session.delivery.is_gated:  # a loader worked with data
+                updater._rollback(list(modules))
             return is_planned, message
         report.fall_back(str(session.aborted))
         done: tuple[bool, str] = self._apply(*self._args, **self._kwargs)

@@ -60,9 +60,19 @@ def _load_full_state_dict(
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     if _stay_mapped(call.get("checkpoint_load_device")):
         raise session.abort(PlanAborted("its weights stay on the host, mapped"))
+    if is_sharded(call["model"]):
+        raise session.abort(PlanAborted(SHARDED))
     result = wrapped(*args, **kwargs)
     session.adopt(call["model"])
     return result
+
+
+SHARDED = "FSDP shards its parameters"
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether parameters are DTensors, which take whole tensors apart in ways of their own."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def _stay_mapped(device: torch.device | None) -> bool:

@@ -282,7 +282,7 @@ def updated(pipeline: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
     updater = importlib.import_module(place).WeightsUpdater(pipeline)
     told = []
     for update in case["updates"]:
-        with unreadable(update.get("unreadable", "")):
+        with unreadable(update.get("unreadable", "")), written_early(update.get("early")):
             done, message = updater.update_weights_from_disk(
                 update["path"], target_modules=update.get("modules")
             )
@@ -307,6 +307,24 @@ def unreadable(component: str) -> Iterator[None]:
         yield
     finally:
         ShardFile.read_into = read
+
+
+@contextlib.contextmanager
+def written_early(is_wanted: bool | None) -> Iterator[None]:
+    """Within this, weightlift writes while it plans, as where a loader works with data."""
+    from weightlift.loading.delivery import Delivery
+
+    add = Delivery.add
+
+    def open_and_add(delivery: Delivery, transfer: Any) -> None:
+        add(delivery, transfer)
+        delivery.open_gate()
+
+    Delivery.add = open_and_add if is_wanted else add
+    try:
+        yield
+    finally:
+        Delivery.add = add
 
 
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
