@@ -2,12 +2,18 @@
 
 diffusion_harness.py CASES.json    see ``engines.forked``
 
-A case has besides: model, flags, generate=true to make a video of its pipeline, trials=N to build it N
-times with readers that take work in random order, memory=true to watch memory meanwhile, and updates, a list of
-paths with the modules to update and the component whose files cannot be read, and mapped=true for
-transformers that are taken to stay on the host beside a GPU. Releases before 0.5.13
-get what later ones have for a CPU themselves; from 0.5.21 on two operators are compiled ones, which are
-written out here.
+A case has besides:
+
+model, flags    what is built
+generate        true to make a video of it
+trials          how often it is built, with readers that take their work in random order
+memory          true to watch memory meanwhile
+mapped          true for transformers that are taken to stay on the host beside a GPU
+updates         a list of: path; modules, if not all; unreadable, a component whose files cannot be read;
+                early, true to write while the update is still planned
+
+Releases before 0.5.13 get what later ones have for a CPU themselves; from 0.5.21 on two operators are
+compiled ones, which are written out here.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -34,6 +40,7 @@ from engines.forked import run_cases, state_hash
 
 NAMES = {"wan": "Wan2.1-T2V-1.3B-Diffusers", "flux": "FLUX.1-dev", "qwen": "Qwen-Image"}
 """What a folder with a pipeline must be called: the engine knows pipelines by the hub's names."""
+
 _SDPA = "sglang.multimodal_gen.runtime.layers.attention.backends.sdpa.SDPABackend"
 STEPS = 2
 
