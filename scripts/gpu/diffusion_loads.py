@@ -144,6 +144,7 @@ def make(folder: Path, layers: int) -> None:
 def load(folder: Path, flags: list[str]) -> dict[str, Any]:
     """Seconds of ``load_modules`` and of each component, and what the parameters hold."""
     from engines import diffusion_harness as harness
+    from engines import diffusion_on_cpu
     from sglang.multimodal_gen.runtime.loader.component_loaders.component_loader import (
         PipelineComponentLoader,
     )
@@ -155,7 +156,7 @@ def load(folder: Path, flags: list[str]) -> dict[str, Any]:
     base.load_modules = timed(base.load_modules, seconds, "load_modules")
     components.load_component = timed(components.load_component, seconds)
     if not torch.cuda.is_available():
-        harness.platform_for_cpu()
+        diffusion_on_cpu.platform_for_cpu()
     pipeline, _ = harness.build({"model": str(folder), "flags": flags}, 29700)
     if "--text-encoder-cpu-offload" in flags:
         update = WeightsUpdater(pipeline).update_weights_from_disk
