@@ -103,7 +103,8 @@ def report(name: str) -> None:
         try:
             importlib.import_module(file.target)
         except ModuleNotFoundError as error:
-            outcome = Outcome.NOT_INSTALLED if file.extra else Outcome.FAILED
+            is_more = file.extra and (error.name or "").partition(".")[0] != name
+            outcome = Outcome.NOT_INSTALLED if is_more else Outcome.FAILED
             told[module] = (
                 outcome.value,
                 f"needs {error.name}, as in {file.extra or 'the engine'}",

@@ -102,10 +102,8 @@ class Copies:
         """Fill ``target`` from the parts of a joined tensor, if that is asked for as a whole."""
         source = lazy.source
         assert isinstance(source, JoinedSource)
-        shape, stride, offset, _ = geometry(lazy)
-        if source.realised is not None or target.shape != shape:
-            return False
-        if not source.is_whole(shape, stride, offset):
+        view = geometry(lazy)
+        if source.realised is not None or target.shape != view[0] or not source.is_whole(view):
             return False
         start = 0
         for part in source.parts:
@@ -147,7 +145,7 @@ class Copies:
             parts = [data_of(part) for part in lazy.source.parts]
             with torch._C.DisableTorchFunction():
                 whole = torch.cat(parts, lazy.source.dimension)
-                return whole.as_strided(shape, stride, offset).clone()
+                return whole.view(-1).view(dtype).as_strided(shape, stride, offset).clone()
         with self._lock:
             self.report.materialised += 1
         with torch._C.DisableTorchFunction():

@@ -127,10 +127,13 @@ def _move(func: Function, args: Args, kwargs: Kwargs) -> Any:
         return _read_and_run(func, args, kwargs)
     if (probe.device, probe.dtype) == (lazy.reported_device, dtype):
         return lazy
-    lazy.source.is_moved = True
     with natively():
         cast_to = None if probe.dtype == stored else probe.dtype
-        return wrap(lazy, lazy.source, probe.device, cast_to)
+        moved = wrap(lazy, lazy.source, probe.device, cast_to)
+    if cast_to is not None and as_reported(moved, _META).stride() != geometry(lazy)[1]:
+        return _read_and_run(func, args, kwargs)  # a cast has no holes
+    lazy.source.is_moved = True
+    return moved
 
 
 def _probe(argument: Any) -> Any:
@@ -176,7 +179,7 @@ def _cat(func: Function, args: Args, kwargs: Kwargs) -> Any:
     dimension = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     if not parts or not isinstance(dimension, int) or not kwargs.keys() <= {"dim"}:
         return _run(func, args, kwargs)
-    kinds = {(part.dtype, part.device) for part in parts}
+    kinds = {(part.dtype, part.device, part.dim()) for part in parts}
     if len(kinds) > 1 or not all(_can_join(part) for part in parts):
         return _run(func, args, kwargs)
     for part in parts:
@@ -193,7 +196,7 @@ def _can_join(part: torch.Tensor) -> bool:
 
 
 def _dtype(func: Function, args: Args, kwargs: Kwargs) -> Any:
-    lazy = args[0]
+    lazy = args[0] if args else None
     if not isinstance(lazy, LazyTensor) or lazy.cast_to is None:
         return _describe(func, args, kwargs)
     return func(as_reported(lazy, _META), *args[1:], **kwargs)

@@ -29,11 +29,15 @@ def adopt_lazy(model: torch.nn.Module) -> None:
 
     Engines that build models on the meta device make parameters of what they were offered.
     """
+    landed: dict[int, torch.Tensor] = {}  # tied ones stay tied
     for module in model.modules():
         for holder in (module._parameters, module._buffers):
             lazy = {name: value for name, value in holder.items() if isinstance(value, LazyTensor)}
             tensors: dict[str, Any] = holder
-            tensors.update({name: _landed(value) for name, value in lazy.items()})
+            for name, value in lazy.items():
+                if id(value) not in landed:
+                    landed[id(value)] = _landed(value)
+                tensors[name] = landed[id(value)]
 
 
 def _landed(lazy: LazyTensor) -> torch.Tensor:

@@ -103,6 +103,7 @@ class JoinedSource(Source):
         self.parts = parts
         self.dimension = dimension
 
-    def is_whole(self, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> bool:
-        """Whether a view with this geometry is all of it."""
-        return (shape, stride, offset) == (tuple(self.meta.shape), self.meta.stride(), 0)
+    def is_whole(self, view: tuple[tuple[int, ...], tuple[int, ...], int, torch.dtype]) -> bool:
+        """Whether a view with this geometry is all of it, as it is."""
+        meta = self.meta
+        return view == (tuple(meta.shape), meta.stride(), 0, meta.dtype)

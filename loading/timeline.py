@@ -42,7 +42,9 @@ _LABELS = {
 QUIET_SECONDS = 3.0
 
 _lock = threading.Lock()
+_drawing = threading.Lock()
 _waiting: list[threading.Timer] = []
+_due: list[tuple[int, Path]] = []
 
 _loads: list[dict[str, Any]] = []
 _origin: list[float] = []
@@ -71,19 +73,22 @@ def record(report: LoadReport, file: str) -> None:
     with _lock:
         for waiting in _waiting:
             waiting.cancel()
-        _waiting[:] = [threading.Timer(QUIET_SECONDS, _write, (path,))]
-        _waiting[0].daemon = True
-        _waiting[0].start()
+        timer = threading.Timer(QUIET_SECONDS, draw)
+        timer.daemon = True
+        _waiting[:] = [timer]
+        _due[:] = [(os.getpid(), path)]
+        timer.start()
 
 
 @atexit.register
 def draw() -> None:
     """Draw now what is still to be drawn."""
     with _lock:
-        for waiting in _waiting:
-            waiting.cancel()
-            waiting.function(*waiting.args)
-        _waiting.clear()
+        due, _due[:] = list(_due), []
+    with _drawing:  # a load that ends meanwhile does not wait
+        for process, path in due:
+            if process == os.getpid():  # and not a child's, whose loads these are not
+                _write(path)
 
 
 def _write(path: Path) -> None:
@@ -92,7 +97,7 @@ def _write(path: Path) -> None:
         replacement = path.with_name(f".{path.name}.{os.getpid()}")
         replacement.write_bytes(content)
         replacement.replace(path)
-    except (OSError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever the drawing library has
         logger.warning("weightlift: cannot write the timeline to %s: %s", path, error)
 
 

@@ -105,6 +105,16 @@ COPIES: dict[str, Loader] = {
         w.half() if w.half().element_size() == 2 else w
     ),
     "joined": lambda t, w: t[:, :40].copy_(torch.cat([w, w])),
+    "another dtype of what was joined": lambda t, w: t[:, :40].copy_(
+        torch.cat([w, w]).view(torch.int32)
+    ),
+    "bytes of what was joined": lambda t, w: t[:2].copy_(
+        torch.cat([w[:1], w[:1]]).view(torch.uint8)[:, :80]
+    ),
+    "joined with nothing": lambda t, w: t[:48, :40].copy_(torch.cat([w[:0, 0], w])),
+    "cast with holes": lambda t, w: (
+        t[:24].view(-1)[:960].copy_(w[:, ::2].half().as_strided((960,), (1,)))
+    ),
     "joined sideways": lambda t, w: t[:48].copy_(torch.cat([w, w], dim=-1)),
     "joined and cast": lambda t, w: t[:, :40].copy_(torch.cat((w, w)).to(t.device, torch.float16)),
     "cast and joined": lambda t, w: t[:, :40].copy_(torch.cat([w.half(), w.half()]).bfloat16()),

@@ -20,7 +20,7 @@ import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.loading.errors import CheckpointError
+from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
@@ -70,13 +70,15 @@ class _Component:
         self, report: LoadReport, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         session = LoadSession(self._settings, report, all_wait=True)
-        random_before = torch.get_rng_state()
+        put_back = _process_state()
         try:
             with session, _told(session):
                 with session.armed():
                     component = original(*args, **kwargs)
                 if isinstance(component, torch.nn.Module):
                     session.finish(component)
+                elif report.tensors:
+                    raise session.abort(PlanAborted(f"{type(component).__name__} is no module"))
             return component
         except CheckpointError as error:
             self._damage = error
@@ -89,7 +91,7 @@ class _Component:
         logger.warning("weightlift: %s is loaded again by the engine: %s", self._path, reason)
         report.fall_back(reason)
         gc.collect()
-        torch.set_rng_state(random_before)  # layers are initialised once more
+        put_back()  # layers are initialised once more
         return original(*args, **kwargs)
 
 
@@ -110,6 +112,20 @@ def _load(
         shadowed(instance, "load_native", component.load_native),
     ):
         return wrapped(*args, **kwargs)
+
+
+def _process_state() -> Callable[[], None]:
+    """What puts back what a load that fails leaves changed: up to 0.5.8 the default dtype, too."""
+    dtype, random = torch.get_default_dtype(), torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+    def put_back() -> None:
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(random)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device)
+
+    return put_back
 
 
 @contextmanager

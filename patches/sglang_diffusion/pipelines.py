@@ -48,7 +48,10 @@ class PipelineLoad:
         if not self._is_known and os.environ.get("LOCAL_RANK", "0") == "0":
             self._is_known = True
             root = Path(component).parent
-            found = [sorted((root / name).glob("*.safetensors")) for name in self._components]
+            found = [
+                [file for file in sorted((root / name).glob("*.safetensors")) if file.exists()]
+                for name in self._components
+            ]
             if self._by_size:
                 found.sort(key=lambda files: -sum(file.stat().st_size for file in files))
             self.ahead.add(file for files in found for file in files)

@@ -12,7 +12,7 @@ import torch
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.report import LoadReport
-from weightlift.loading.session import LoadSession
+from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
 from weightlift.patches.sglang_diffusion.components import rank
 from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
@@ -91,12 +91,16 @@ class _Update:
                 failure = f"Failed to update weights: {error}."
                 logger.error("weightlift: %s", failure)
                 return False, f"{failure} All modules rolled back to original weights."
-        if session.aborted is None:
-            if not is_planned and not session.delivery.is_gated:  # a loader worked with data
+        was_written = not session.delivery.is_gated  # a loader worked with data
+        if session.aborted is None and (is_planned or report.plan_note):
+            if was_written and not is_planned:
                 updater._rollback(list(modules))
             return is_planned, message
-        report.fall_back(str(session.aborted))
+        # Perhaps it is for the lazy tensors; what is not fails again.
+        report.fall_back(str(session.aborted or message))
         done: tuple[bool, str] = self._apply(*self._args, **self._kwargs)
+        if was_written and not done[0]:
+            updater._rollback(list(modules))
         return done
 
 
@@ -127,11 +131,15 @@ def _complete(
         missing.discard(name)
         yield name, weight
     if missing:
-        raise ValueError(
+        problem = (
             f"the checkpoint has nothing for {min(missing)} and {len(missing) - 1} more of the "
             f"parameters: this release of SGLang does not translate their names. Update with "
             "SGLang 0.5.14 or newer, or restart with the new checkpoint"
         )
+        session = active_session()
+        if session is not None:
+            session.report.plan_note = problem
+        raise ValueError(problem)
 
 
 def _records(module: str, versions: str) -> Patch:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from weightlift.compat.patch import Patch
-from weightlift.loading.errors import PlanAborted
+from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.lazy import LazyTensor
 from weightlift.loading.session import NamedWeights, active_session
 from weightlift.patches import SGLANG_DIFFUSION
@@ -31,7 +31,11 @@ def _iterator(
     pipeline = current_load()
     if pipeline is not None:
         pipeline.ahead.drop(call["hf_weights_files"])
-    checkpoint = session.open(call["hf_weights_files"])
+    try:
+        checkpoint = session.open(call["hf_weights_files"])
+    except CheckpointError as error:
+        session.report.plan_note = str(error)
+        raise
     names = [entry.name for entry in checkpoint.entries()]
     if len(set(names)) < len(names):
         raise session.abort(PlanAborted("several of its files have a tensor of the same name"))
