@@ -98,6 +98,7 @@ class _Update:
             return is_planned, message
         # Perhaps it is for the lazy tensors; what is not fails again.
         report.fall_back(str(session.aborted or message))
+        logger.warning("weightlift: updated again by the engine: %s", report.fallback_reason)
         done: tuple[bool, str] = self._apply(*self._args, **self._kwargs)
         if was_written and not done[0]:
             updater._rollback(list(modules))

@@ -121,6 +121,23 @@ def make_flux(folder: Path, width: int) -> None:
         **block,
     )
     save(vae, folder / "vae", torch.bfloat16, "10GB")
+    _flux_encoders(folder, width)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    components = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    _index(folder, "FluxPipeline", components)
+
+
+def _flux_encoders(folder: Path, width: int) -> None:
+    """FLUX.1's two text encoders and their tokenizers."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters += [f"{letter}</w>" for letter in letters]
     vocabulary = {
@@ -151,20 +168,8 @@ def make_flux(folder: Path, width: int) -> None:
         use_cache=False,
     )
     save(transformers.T5EncoderModel(t5), folder / "text_encoder_2", torch.bfloat16)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    scheduler.save_pretrained(folder / "scheduler")
     _clip_tokenizer(folder / "tokenizer", vocabulary)
     _word_tokenizer(folder / "tokenizer_2")
-    components = {
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    _index(folder, "FluxPipeline", components)
 
 
 def make_qwen(folder: Path, width: int) -> None:
