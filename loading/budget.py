@@ -33,6 +33,20 @@ def page_cache_share() -> int:
     return (memory_limit() or pages * os.sysconf("SC_PAGE_SIZE")) // 2
 
 
+def available_memory() -> int:
+    """Bytes that this process could still take without swapping, by the host and by its cgroup."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    facts = dict(line.split(":", 1) for line in lines)
+    free = int(facts["MemAvailable"].split()[0]) << 10
+    limit = memory_limit()
+    if limit is None:
+        return free
+    used = _read("memory.current") or _read("memory/memory.usage_in_bytes") or "0"
+    counts = (_read("memory.stat") or _read("memory/memory.stat")).split()
+    cached = dict(zip(counts[::2], counts[1::2], strict=True)).get("inactive_file", "0")
+    return min(free, limit - int(used) + int(cached))
+
+
 def usable_cores() -> int:
     """Cores that this process may use: its affinity mask, lowered by its cgroup's CPU quota."""
     cores = len(os.sched_getaffinity(0))

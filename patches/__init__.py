@@ -80,6 +80,7 @@ SGLANG_DIFFUSION = ">=0.5.7,<0.5.24"
 """Its releases whose components the tests load; those before are of another make."""
 
 _DIFFUSION = f"{DIFFUSION}.runtime"
+_MEMORY = "managers.memory_managers"
 
 SGLANG = Integration(
     engine="sglang",
@@ -122,6 +123,7 @@ SGLANG = Integration(
                 ("loader.fsdp_load", "weights", SGLANG_DIFFUSION),
                 ("loader.weights_updater", "updates", ">=0.5.9,<0.5.14"),
                 ("post_training.weights_updater", "updates", ">=0.5.14,<0.5.24"),
+                (f"{_MEMORY}.memory_occupation_controller", "sleep", ">=0.5.15,<0.5.24"),
                 ("server_args", "flags", ">=0.5.7,<0.5.16"),
                 ("server_args.server_args", "flags", ">=0.5.16,<0.5.24"),
                 ("entrypoints.diffusion_generator", "flags", SGLANG_DIFFUSION),

@@ -9,8 +9,7 @@ generate        true to make a video of it
 trials          how often it is built, with readers that take their work in random order
 memory          true to watch memory meanwhile
 mapped          true for transformers that are taken to stay on the host beside a GPU
-updates         a list of: path; modules, if not all; unreadable, a component whose files cannot be read;
-                early, true to write while the update is still planned
+updates, sleeps see ``diffusion_changes``
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -28,13 +27,13 @@ import random
 import sys
 import threading
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from engines.diffusion_changes import components_of, slept, updated
 from engines.diffusion_on_cpu import operators_for_cpu, platform_for_cpu
-from engines.forked import run_cases, state_hash
+from engines.forked import run_cases
 
 NAMES = {"wan": "Wan2.1-T2V-1.3B-Diffusers", "flux": "FLUX.1-dev", "qwen": "Qwen-Image"}
 """What a folder with a pipeline must be called: the engine knows pipelines by the hub's names."""
@@ -70,22 +69,6 @@ def build(case: dict[str, Any], port: int) -> tuple[Any, Any]:
         **{name: value for name, value in more.items() if name in takes},
     )
     return build_pipeline(arguments), arguments
-
-
-def components_of(pipeline: Any) -> dict[str, Any]:
-    """What was loaded: class, state and where it is, by component."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, module in sorted(pipeline.modules.items()):
-        found[name] = {"class": f"{type(module).__module__}.{type(module).__qualname__}"}
-        if isinstance(module, torch.nn.Module):
-            parameters = list(module.parameters())
-            found[name]["state"] = state_hash(module)
-            found[name]["devices"] = sorted({str(item.device) for item in parameters})
-            found[name]["kinds"] = sorted({type(item).__name__ for item in parameters})
-            found[name]["gradients"] = sum(item.requires_grad for item in parameters)
-            found[name]["nbytes"] = sum(item.nbytes for item in parameters)
-            found[name]["training"] = module.training
-    return found
 
 
 def process_state() -> dict[str, Any]:
@@ -197,60 +180,6 @@ class MemoryWatch:
         return int(line.split()[1]) << 10
 
 
-def updated(pipeline: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the engine says of each update of a case, and what the components hold then."""
-    runtime = "sglang.multimodal_gen.runtime"
-    place = f"{runtime}.loader.weights_updater"
-    if importlib.util.find_spec(place) is None:
-        place = f"{runtime}.post_training.weights_updater"  # from 0.5.14 on
-    updater = importlib.import_module(place).WeightsUpdater(pipeline)
-    told = []
-    for update in case["updates"]:
-        with unreadable(update.get("unreadable", "")), written_early(update.get("early")):
-            done, message = updater.update_weights_from_disk(
-                update["path"], target_modules=update.get("modules")
-            )
-        told.append({"done": done, "message": message, "components": components_of(pipeline)})
-    return told
-
-
-@contextlib.contextmanager
-def unreadable(component: str) -> Iterator[None]:
-    """Within this, weightlift's readers fail at the files of a component."""
-    from weightlift.loading.files import ShardFile
-
-    read = ShardFile.read_into
-
-    def fail(file: ShardFile, offset: int, *args: Any, **kwargs: Any) -> None:
-        if component and f"/{component}/" in file.path and offset > 1000:
-            raise OSError(5, "injected", file.path)
-        read(file, offset, *args, **kwargs)
-
-    ShardFile.read_into = fail
-    try:
-        yield
-    finally:
-        ShardFile.read_into = read
-
-
-@contextlib.contextmanager
-def written_early(is_wanted: bool | None) -> Iterator[None]:
-    """Within this, weightlift writes while it plans, as where a loader works with data."""
-    from weightlift.loading.delivery import Delivery
-
-    add = Delivery.add
-
-    def open_and_add(delivery: Delivery, transfer: Any) -> None:
-        add(delivery, transfer)
-        delivery.open_gate()
-
-    Delivery.add = open_and_add if is_wanted else add
-    try:
-        yield
-    finally:
-        Delivery.add = add
-
-
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load the pipeline of a case, and run it if asked to."""
     torch.manual_seed(0)
@@ -267,6 +196,8 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         told["memory"] = watch.most - watch.before
     if case.get("updates"):
         told["updates"] = updated(pipeline, case)
+    if case.get("sleeps"):
+        told["sleeps"] = slept(pipeline, case)
     if case.get("generate"):
         told["video"] = video_hash(pipeline, arguments)
     return told
