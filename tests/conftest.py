@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines.diffusion_harness import NAMES
+from engines.environment import diffusion_and_sglang
+from engines.runs import run_harness
 from safetensors.torch import save_file
 
 from weightlift.loading.report import LoadReport
@@ -47,6 +50,19 @@ def open_session(request: pytest.FixtureRequest) -> OpenSession:
         return LoadSession(settings, LoadReport())
 
     return open_session
+
+
+@pytest.fixture(scope="session")
+def wan_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two diffusion pipelines, and the second once more with a damaged text encoder."""
+    folder = tmp_path_factory.mktemp("updates")
+    engine = diffusion_and_sglang("0.5.23")
+    for place, seed in (("first", 1), ("second", 2), ("damaged", 2)):
+        arguments = ["wan", folder / place / NAMES["wan"], seed]
+        run_harness("diffusion_checkpoints.py", arguments, *engine)
+    shard = max((folder / "damaged").rglob("text_encoder/*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 100)
+    return folder
 
 
 @pytest.fixture(autouse=True)

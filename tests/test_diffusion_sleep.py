@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from engines.diffusion_harness import NAMES
 from engines.environment import diffusion_and_sglang, diffusion_releases
-from engines.runs import run_cases, run_harness
+from engines.runs import run_cases
 
 ASKED = {"WEIGHTLIFT_PARALLEL_MODULE_LOAD": "1"}
 WITHOUT = ("0.5.7", "0.5.8", "0.5.9", "0.5.10", "0.5.11", "0.5.12", "0.5.13", "0.5.14")
@@ -20,29 +20,22 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("version", RELEASES)
-def test_a_pipeline_wakes_up_as_it_was(version: str, tmp_path: Path) -> None:
-    first, second = (tmp_path / place / NAMES["wan"] for place in ("first", "second"))
-    engine = diffusion_and_sglang("0.5.23")
-    for seed, folder in enumerate((first, second), 1):
-        run_harness("diffusion_checkpoints.py", ["wan", folder, seed], *engine)
-    case: dict[str, Any] = {"model": str(first), "flags": RESIDENT, "generate": True}
+def test_a_pipeline_wakes_up_as_it_was(version: str, wan_pipelines: Path, tmp_path: Path) -> None:
+    first, second = (wan_pipelines / place / NAMES["wan"] for place in ("first", "second"))
     sleeps = [{"fails": True}, {}, {}, {"update": str(second)}, {"update": str(first)}]
-    cases = [
-        {**case, "name": "stock", "stock": True},
-        {**case, "name": "ours", "env": ASKED, "sleeps": sleeps},
-    ]
+    case: dict[str, Any] = {"model": str(first), "flags": RESIDENT, "generate": True}
+    cases = [{**case, "name": "asleep", "env": ASKED, "sleeps": sleeps}]
     runs = run_cases("diffusion_harness.py", cases, tmp_path, *diffusion_and_sglang(version))
-    (stock,), (ours,) = (runs.told[name] for name in ("stock", "ours"))
-    failed, *slept = ours["sleeps"]
+    (told,) = runs.told["asleep"]
+    failed, *slept = told["sleeps"]
     assert re.search("sleeping needs .* of host memory", failed["asleep"]["error"])
     assert failed["kept"] and failed["awake"]["message"] == "already awake"
-    for told in slept:
-        assert told["kept"] and told["stayed"] == 0
-        assert told["asleep"]["success"] and told["asleep"]["sleeping"]
-        assert told["awake"]["success"] and not told["awake"]["sleeping"]
+    for once in slept:
+        assert once["kept"] and once["stayed"] == 0
+        assert once["asleep"]["success"] and once["asleep"]["sleeping"]
+        assert once["awake"]["success"] and not once["awake"]["sleeping"]
     assert slept[2]["components"] != slept[1]["components"] == slept[3]["components"]
-    assert slept[0]["components"] == stock["components"]
-    assert ours["video"] == stock["video"]
+    assert told["video"] == told["video before"]
     copied = [
         int(float(text)) for text in re.findall(r"asleep: .*?, (\S+) \S*B copied", runs.output)
     ]

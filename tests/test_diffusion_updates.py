@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engines.diffusion_harness import NAMES
 from engines.environment import diffusion_and_sglang, diffusion_releases
-from engines.runs import run_cases, run_harness
+from engines.runs import run_cases
 
 ASKED = {"WEIGHTLIFT_PARALLEL_MODULE_LOAD": "1"}
 RELEASES = [version for version in diffusion_releases() if version not in ("0.5.7", "0.5.8.post1")]
@@ -21,25 +20,12 @@ RESIDENT = ["--text-encoder-cpu-offload", "false", "--dit-cpu-offload", "false"]
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="session")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two pipelines, and the second once more with a damaged text encoder."""
-    folder = tmp_path_factory.mktemp("updates")
-    engine = diffusion_and_sglang("0.5.23")
-    for place, seed in (("first", 1), ("second", 2), ("damaged", 2)):
-        arguments = ["wan", folder / place / NAMES["wan"], seed]
-        run_harness("diffusion_checkpoints.py", arguments, *engine)
-    shard = max((folder / "damaged").rglob("text_encoder/*.safetensors"))
-    os.truncate(shard, shard.stat().st_size - 100)
-    return folder
-
-
 @pytest.mark.parametrize("version", RELEASES)
 def test_an_update_is_as_stock_or_leaves_the_weights_before(
-    version: str, pipelines: Path, tmp_path: Path
+    version: str, wan_pipelines: Path, tmp_path: Path
 ) -> None:
     paths = {
-        place: str(pipelines / place / NAMES["wan"]) for place in ("first", "second", "damaged")
+        place: str(wan_pipelines / place / NAMES["wan"]) for place in ("first", "second", "damaged")
     }
     there_and_back = [{"path": paths[place]} for place in ("second", "first")]
     failing: list[dict[str, Any]] = [

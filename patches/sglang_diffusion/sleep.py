@@ -24,7 +24,7 @@ _sleepers: Final[weakref.WeakKeyDictionary[Any, Sleeper]] = weakref.WeakKeyDicti
 
 def _move_modules(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> Any:
     """Move weights and buffers, then have the engine move what else components hold."""
     if not context_of("sglang").settings().parallel_module_load:
         return wrapped(*args, **kwargs)
@@ -43,11 +43,10 @@ def _move_modules(
     }
     sleeper.sleep(named)
     try:
-        wrapped(*args, **kwargs)
+        return wrapped(*args, **kwargs)
     except BaseException:
         sleeper.wake_up()  # the engine takes them for awake
         raise
-    return None
 
 
 PATCHES: tuple[Patch, ...] = (

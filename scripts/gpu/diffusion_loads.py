@@ -4,7 +4,7 @@ diffusion_loads.py FOLDER OUT [LAYERS [CACHE]]    the checkpoint goes to FOLDER,
 
 A pipeline of Qwen-Image's shapes: text encoder of 15.2 GB, transformer of LAYERS (60: 41 GB), a small
 VAE. ``build_pipeline`` in a process of its own for each case; the page cache is warm, but for the last
-two. A pipeline that is in FOLDER already is taken as it is. Needs SGLang Diffusion in this
+two. Pipelines on the GPU are then updated, and sleep and wake up, three times. A pipeline that is in FOLDER already is taken as it is. Needs SGLang Diffusion in this
 Python's path (``scripts/gpu/bundle-diffusion``).
 """
 
@@ -30,6 +30,7 @@ import torch
 from make_checkpoint import write
 
 from weightlift.loading.benchmark import make_cold
+from weightlift.loading.budget import available_memory
 from weightlift.loading.ceilings import warm_ceiling
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
@@ -152,6 +153,7 @@ def load(folder: Path, flags: list[str]) -> dict[str, Any]:
     from sglang.multimodal_gen.runtime.post_training.weights_updater import WeightsUpdater
 
     seconds: dict[str, float] = {}
+    host = 0
     base, components = composed_pipeline_base.ComposedPipelineBase, PipelineComponentLoader
     base.load_modules = timed(base.load_modules, seconds, "load_modules")
     components.load_component = timed(components.load_component, seconds)
@@ -163,13 +165,39 @@ def load(folder: Path, flags: list[str]) -> dict[str, Any]:
         for name in ("first update", "second update"):
             done, message = timed(update, seconds, name)(str(folder), target_modules=UPDATED)
             assert done, message
+        host = sleep_and_wake_up(pipeline, seconds)
     sums = {}
     for name, module in pipeline.modules.items():
         if isinstance(module, torch.nn.Module):
             values = [bits_of(item) for _, item in sorted(weights_of(module))]
             sums[name] = [type(module).__name__, hash(tuple(values))]
     scratch = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"seconds": seconds, "sums": sums, "peak": scratch}
+    return {"seconds": seconds, "sums": sums, "peak": scratch, "host": host}
+
+
+def sleep_and_wake_up(pipeline: Any, seconds: dict[str, float]) -> int:
+    """Do so three times, by the engine's own controller; before the last the transformer is changed.
+
+    Returns the bytes of the host's memory that are gone since.
+    """
+    from sglang.multimodal_gen.runtime.managers.memory_managers import memory_occupation_controller
+
+    controller = memory_occupation_controller.MemoryOccupationController(pipeline, 0, False)
+    before = available_memory()
+    for number in ("first", "second", "third"):
+        transformer = pipeline.modules["transformer"]
+        if number == "third":
+            for weight in transformer.parameters():
+                weight.data.neg_()
+        held = torch.cuda.memory_allocated()
+        timed(controller.release_memory_occupation, seconds, f"{number} sleep")()
+        freed = held - torch.cuda.memory_allocated()
+        timed(controller.resume_memory_occupation, seconds, f"{number} wake-up")()
+        assert freed > 0.99 * held, f"{freed} of {held} bytes of the device were freed"
+        if number == "third":
+            for weight in transformer.parameters():
+                weight.data.neg_()
+    return before - available_memory()
 
 
 def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -238,7 +266,11 @@ def main(folder: Path, out: Path, layers: int, caches: str) -> None:
         rows.append({"way": way, "cache": cache, "stored": stored, "ceiling": ceiling, **found})
         (out / "diffusion.json").write_text(json.dumps(rows, indent=1))
         told = ", ".join(f"{name} {value:.2f}" for name, value in found["seconds"].items())
-        print(f"{cache} {way:30s} {told} s; peak {found['peak'] / 1e9:.1f} GB", flush=True)
+        print(
+            f"{cache} {way:30s} {told} s; peak {found['peak'] / 1e9:.1f} GB, "
+            f"host {found['host'] / 1e9:.1f} GB",
+            flush=True,
+        )
     for group in ("stock", "stock, offloaded encoder"):
         alike = [row for row in rows if row["way"].endswith(group.removeprefix("stock"))]
         sums = {str(row["sums"]) for row in alike if ("offloaded" in row["way"]) == ("," in group)}

@@ -197,6 +197,7 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     if case.get("updates"):
         told["updates"] = updated(pipeline, case)
     if case.get("sleeps"):
+        told["video before"] = video_hash(pipeline, arguments)
         told["sleeps"] = slept(pipeline, case)
     if case.get("generate"):
         told["video"] = video_hash(pipeline, arguments)
