@@ -7,6 +7,7 @@ torch's own allocator rounds page-locked memory up to a power of two, and ``cuda
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,6 +42,9 @@ class HostBlocks:
         self._device = device
         self._threads = threads
         self._blocks: list[torch.Tensor] = []
+        # Memory that goes while it is registered leaves its addresses unusable for the device.
+        self._free = weakref.finalize(self, _unregister, device, self._blocks)
+        self._free.atexit = False
 
     @property
     def nbytes(self) -> int:
@@ -64,10 +68,7 @@ class HostBlocks:
     def release(self) -> int:
         """Free it, as far as nobody holds a piece; returns its bytes."""
         freed = sum(block.numel() for block in self._blocks)
-        if self._device.type == "cuda":
-            for block in self._blocks:
-                unregister(block)
-        self._blocks = []
+        self._free()
         return freed
 
     def _begin(self) -> None:
@@ -81,3 +82,10 @@ class HostBlocks:
             register(block)
         self._blocks.append(block)
         return block
+
+
+def _unregister(device: torch.device, blocks: list[torch.Tensor]) -> None:
+    if device.type == "cuda":
+        for block in blocks:
+            unregister(block)
+    blocks.clear()

@@ -54,6 +54,8 @@ class Moved:
 
 @dataclass(slots=True)
 class _HostCopy:
+    """What a storage held, and its digests, on either side."""
+
     memory: torch.Tensor
     digests: torch.Tensor
 
@@ -130,15 +132,10 @@ class Sleeper:
         if not self._asleep:
             return Moved()
         started = time.perf_counter()
-        memories: list[torch.Tensor] = []
         with torch.inference_mode(mode=False), torch.no_grad():
             try:
-                for away in self._asleep:
-                    nbytes = away.copy.memory.numel()
-                    memories.append(torch.empty(nbytes, dtype=torch.uint8, device=away.device))
-                digests = self._copy_from_host(memories)
+                memories, digests = self._copy_from_host()
             except torch.cuda.OutOfMemoryError as error:
-                memories.clear()
                 torch.cuda.empty_cache()
                 raise WeightliftError(
                     f"waking up needs {human(self._nbytes)} of device memory, which is not free; all "
@@ -148,7 +145,8 @@ class Sleeper:
                 self._digests.free()
             for away, memory, found in zip(self._asleep, memories, digests, strict=True):
                 lay(away.still_there(), memory)
-                away.copy.digests = found.cpu()
+                away.copy.digests = found
+            _wait_for(memory.device for memory in memories)
         self._asleep = []
         moved = Moved(self._nbytes, self._nbytes, time.perf_counter() - started)
         logger.info("weightlift: awake: %s", moved)
@@ -179,7 +177,7 @@ class Sleeper:
         copied = 0
         for storage, copy, found in zip(storages, self._copies.values(), now, strict=True):
             digests = found.cpu()
-            for part in changed(copy.digests, digests):
+            for part in changed(copy.digests.cpu(), digests):
                 copy.memory[part].copy_(storage.memory[part], non_blocking=True)
                 copied += copy.memory[part].numel()
             copy.digests = digests
@@ -208,28 +206,29 @@ class Sleeper:
         self._blocks = HostBlocks(sizes, storages[0].memory.device, reader_count())
         return self._blocks
 
-    def _copy_from_host(self, memories: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Fill device memory with what is asleep; its digests, computed while the next is copied."""
-        streams = {memory.device: _stream_beside(memory.device) for memory in memories}
-        found = []
-        for away, memory in zip(self._asleep, memories, strict=True):
-            stream = streams[memory.device]
-            with torch.cuda.stream(stream):
-                memory.copy_(away.copy.memory, non_blocking=True)
-            if stream is not None:
-                torch.cuda.current_stream(memory.device).wait_stream(stream)
-            found.append(self._digests.of(memory))
-        _wait_for(streams)
-        return found
+    def _copy_from_host(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Device memory with what is asleep, and its digests, computed while the next is copied."""
+        beside = {away.device: _stream_of(away.device) for away in self._asleep}
+        memories: list[torch.Tensor] = []
+        digests = []
+        try:
+            for away in self._asleep:
+                host, stream = away.copy.memory, beside[away.device]
+                memories.append(torch.empty(host.numel(), dtype=host.dtype, device=away.device))
+                memories[-1].copy_(host, non_blocking=True)
+                if stream is not None:
+                    stream.wait_stream(torch.cuda.current_stream(away.device))
+                with torch.cuda.stream(stream):
+                    digests.append(self._digests.of(memories[-1]))
+        except BaseException:
+            _wait_for(beside)
+            memories.clear()
+            raise
+        return memories, digests
 
 
-def _stream_beside(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream that goes on from the current one's work; None where there are no streams."""
-    if device.type != "cuda":
-        return None
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return stream
+def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _wait_for(devices: Iterable[torch.device]) -> None:

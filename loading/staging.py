@@ -20,6 +20,8 @@ def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
+_HUGE = 2 << 20
+
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 
@@ -32,11 +34,16 @@ def pinned(nbytes: int) -> torch.Tensor:
 
 
 def page_aligned(nbytes: int) -> torch.Tensor:
-    """Memory that starts on a page, in huge pages where there are any: flat uint8."""
-    memory = mmap.mmap(-1, nbytes)
+    """Memory that starts on a page, in huge pages where there are any: flat uint8.
+
+    Children that are forked do not have it: to give it to them, the kernel would copy what is pinned.
+    """
+    memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)
     with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes)
 
 
 def register(memory: torch.Tensor) -> bool:

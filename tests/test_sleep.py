@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import weightlift
-from weightlift.loading import sleep
+from weightlift.loading import host_blocks, sleep
 from weightlift.loading.digests import CHUNK_BYTES, Digests, changed
 from weightlift.loading.errors import WeightliftError
 from weightlift.loading.host_blocks import BLOCK_BYTES, HostBlocks
@@ -256,7 +257,7 @@ def test_sign_flips_do_not_cancel() -> None:
 
 def test_blocks_hold_pieces_apart(device: torch.device) -> None:
     sizes = [1, 513, BLOCK_BYTES - 1024, 5, BLOCK_BYTES + 1, 512]
-    blocks = HostBlocks(sizes, device, 2)
+    blocks = HostBlocks(sizes, torch.empty(0, device=device).device, 2)
     pieces = list(blocks.pieces())
     assert [piece.numel() for piece in pieces] == sizes
     assert all(piece.data_ptr() % 512 == 0 for piece in pieces)
@@ -264,3 +265,19 @@ def test_blocks_hold_pieces_apart(device: torch.device) -> None:
     assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
     assert sum(sizes) <= blocks.nbytes <= sum(sizes) + 512 * len(sizes)
     assert blocks.release() == blocks.nbytes
+
+
+def test_blocks_that_are_dropped_are_unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: set[int] = set()
+    monkeypatch.setattr(host_blocks, "register", lambda block: registered.add(block.data_ptr()))
+    monkeypatch.setattr(
+        host_blocks, "unregister", lambda block: registered.remove(block.data_ptr())
+    )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    blocks = HostBlocks([1000, BLOCK_BYTES], torch.device("cuda", 0), 2)
+    pieces = list(blocks.pieces())
+    assert len(registered) == 2
+    del blocks
+    gc.collect()
+    assert not registered, "or the device could not use these addresses any more"
+    pieces[0].fill_(1)  # whoever still has a piece keeps it
