@@ -31,9 +31,8 @@ OPTIONS: tuple[Option, ...] = (
         name="multithread_load",
         parse=switch,
         env="WEIGHTLIFT_MULTITHREAD_LOAD",
-        help="Load weights with weightlift's readers. On in SGLang and vLLM-Omni once weightlift "
-        "is installed, off in vLLM unless asked for; given on purpose, a load that must fall back "
-        "to the engine's own loader is an error.",
+        help="Load weights with weightlift's readers. On once weightlift is installed; given on "
+        "purpose, a load that must fall back to the engine's own loader is an error.",
         flags={
             "sglang": ("--enable-multithread-load", "--disable-multithread-load"),
             **dict.fromkeys(
@@ -57,7 +56,7 @@ OPTIONS: tuple[Option, ...] = (
         parse=switch,
         env="WEIGHTLIFT_PARALLEL_MODULE_LOAD",
         help="In SGLang Diffusion, load the components of a pipeline with weightlift's readers, which "
-        "read the next ones while the engine builds one. Off unless asked for.",
+        "read the next ones while the engine builds one. Updates from disk and sleep go through weightlift too. Off unless asked for.",
         flags={
             "sglang.multimodal_gen": (
                 "--enable-parallel-module-load",

@@ -6,7 +6,6 @@ What vLLM's and vLLM-Omni's loaders have in common. SGLang's knows updates and w
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from weightlift.loading.session import LoadSession, NamedWeights, active_session
 from weightlift.loading.settings import Settings
 from weightlift.patches.shadow import shadowed
 
-logger = logging.getLogger("weightlift")
-
 
 @dataclass(frozen=True)
 class ModelLoad:
@@ -34,7 +31,6 @@ class ModelLoad:
         model: What is loaded; its ``load_weights`` is called once.
         path: Where the weights come from.
         load: Loads it as the engine does. Can be called again.
-        is_opt_in: Whether weightlift has to be asked for: it was not measured there on a GPU.
         all_wait: Whether small copies wait for readers too; see :class:`LoadSession`.
     """
 
@@ -42,11 +38,10 @@ class ModelLoad:
     model: torch.nn.Module
     path: str
     load: Callable[[], Any]
-    is_opt_in: bool = False
     all_wait: bool = False
 
     def run(self, settings: Settings, refusal: str) -> Any:
-        """What the engine's load returns; a report is made of what weightlift was asked for.
+        """What the engine's load returns; a report is made of it.
 
         Args:
             settings: What holds for this load.
@@ -56,13 +51,6 @@ class ModelLoad:
             WeightliftError: It would be left to the engine, and the user asked for something else.
             CheckpointError: A shard is damaged.
         """
-        if self.is_opt_in and "multithread_load" not in settings.asked:
-            logger.info(
-                "weightlift: %s loads by itself; --enable-multithread-weight-load (or "
-                "WEIGHTLIFT_MULTITHREAD_LOAD=1) has weightlift do it, which was not tried on a GPU",
-                self.engine,
-            )
-            return self.load()
         report = self._report()
         if refusal:
             report.fall_back(settings.insist(refusal))

@@ -68,9 +68,9 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
             assert planned == stock and len(planned) == size, f"{kind} on {size} ranks"
     for case in ("processes", "collected", "off", "not asked"):
         assert runs.hashes(case) == runs.hashes("qwen3 1 stock"), case
-    # Weightlift did it: each model on one rank and on two, and the two cases more that load.
+    # Weightlift did it: each model on one rank and on two, and the three cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
-    assert len(planned_loads) == 2 * 3 + 2
+    assert len(planned_loads) == 2 * 3 + 3
     for report in planned_loads:
         assert (report["engine"], report["phase"]) == ("vllm", "launch")
         assert report["planned"] > 0 and report["threads"] > 0 and not report["fallback_reason"]

@@ -32,7 +32,6 @@ def _load_weights(
         call["model"],
         str(config.model),
         functools.partial(wrapped, *args, **kwargs),
-        is_opt_in=True,
     )
     settings = _with_engine_config(context_of("vllm").settings(), instance)
     return load.run(settings, _refusal(instance, config, settings))

@@ -144,9 +144,14 @@ def without_torchvision() -> None:
                 setattr(sys.modules[parent], own, module)
 
 
+def wait() -> None:
+    """Until the device, if there is one, has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def timed(load: Any) -> float:
     """Seconds until the last byte is on the device."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     started = time.perf_counter()
     load()
