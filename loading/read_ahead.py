@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from weightlift.loading.report import human
 from weightlift.loading.residency import STRETCH, PageCache
 
 logger = logging.getLogger("weightlift")
@@ -53,13 +54,20 @@ class ReadAhead:
         """Read no more of these: somebody else does now."""
         self._dropped.update(os.path.realpath(file) for file in files)
 
+    def end(self) -> None:
+        """Read no more; returns when the thread has ended."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
     def __enter__(self) -> ReadAhead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.end()
+        if self.bytes_read:
+            read = human(self.bytes_read)
+            logger.info("weightlift: %s were read ahead while components were built", read)
 
     def _work(self) -> None:
         buffer = bytearray(CHUNK_BYTES)
@@ -100,3 +108,8 @@ class ReadAhead:
                 return False
             self.bytes_read += os.preadv(descriptor, [buffer], offset)
         return True
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The safetensors files of a component that are there, in the order of their names."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if file.exists()]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines.environment import omni_and_vllm, omni_releases
+from engines.environment import diffusion_and_sglang, omni_and_vllm, omni_releases
 from engines.runs import Runs, run_cases, run_harness
 
 KINDS = ("qwenimage", "wan")
@@ -23,6 +23,8 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of each kind, a wide one and a damaged one."""
     folder = tmp_path_factory.mktemp("pipelines")
     newest = omni_and_vllm("0.30.0")
+    whole = ["qwen", folder / "whole/Qwen-Image", 1]
+    run_harness("diffusion_checkpoints.py", whole, *diffusion_and_sglang("0.5.23"))
     for kind, name, *width in (
         ("qwenimage", "qwenimage"),
         ("wan", "wan"),
@@ -47,11 +49,14 @@ def cases_of(pipelines: Path) -> list[dict[str, Any]]:
             ]
     wide = {"kind": "wan", "model": str(pipelines / "wide")}
     image = {"kind": "qwenimage", "model": str(pipelines / "qwenimage")}
+    whole = {"kind": "whole", "model": str(pipelines / "whole/Qwen-Image")}
     little = {**ASKED, "WEIGHTLIFT_STAGING_MIB": "16"}
     return [
         *cases,
         {**wide, "name": "wide stock", "stock": True},
         {**wide, "name": "collected", "collect": True, "env": little},
+        {**whole, "name": "whole stock", "stock": True},
+        {**whole, "name": "whole", "cold": True},
         {**image, "name": "processes", "env": {**ASKED, "WEIGHTLIFT_READERS": "processes"}},
         {**image, "name": "off", "env": {"WEIGHTLIFT_MULTITHREAD_LOAD": "0"}},
         {**image, "name": "not asked"},
@@ -78,12 +83,16 @@ def test_stock_and_weightlift_leave_the_same(runs: Runs, pipelines: Path) -> Non
             assert planned == stock and len(planned) == size, f"{kind} on {size} ranks"
     for case in ("processes", "off", "not asked"):
         assert runs.hashes(case) == runs.hashes("qwenimage 1 stock"), case
-    # Weightlift did it: each kind on one rank and on two, and the three cases more that load.
+    # Weightlift did it: each kind on one rank and on two, and the four cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
-    assert len(planned_loads) == 2 * 3 + 3
+    assert len(planned_loads) == 2 * 3 + 4
     for report in planned_loads:
         assert (report["engine"], report["phase"]) == ("vllm_omni", "launch")
         assert report["planned"] > 0 and report["threads"] > 0 and not report["fallback_reason"]
+    # Its own pipeline, with components that it loads by from_pretrained, which are read ahead.
+    assert runs.hashes("whole") == runs.hashes("whole stock")
+    (whole,) = runs.told["whole"]
+    assert whole["ahead"] == whole["cold"]
     # A pipeline that collects the stream needs no more memory than any other.
     assert nbytes(pipelines / "wide") > 16 << 20
     assert runs.hashes("collected") == runs.hashes("wide stock")

@@ -8,26 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from engines.page_cache import cached
 
 from weightlift.loading.benchmark import make_cold
 from weightlift.loading.read_ahead import CHUNK_BYTES, ReadAhead
-from weightlift.loading.residency import PageCache
 from weightlift.patches.sglang_diffusion.pipelines import PipelineLoad
 
 SIZE = 3 * CHUNK_BYTES + 100
-
-
-def cached(path: Path) -> int:
-    """Bytes of a file that are in the page cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        cache = PageCache(descriptor, SIZE)
-        try:
-            return cache.cached_bytes()
-        finally:
-            cache.close()
-    finally:
-        os.close(descriptor)
 
 
 @pytest.fixture

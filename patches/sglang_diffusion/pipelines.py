@@ -13,9 +13,8 @@ import torch
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.budget import page_cache_share
-from weightlift.loading.read_ahead import ReadAhead
+from weightlift.loading.read_ahead import ReadAhead, shards_in
 from weightlift.loading.readers import warm_up
-from weightlift.loading.report import human
 from weightlift.loading.session import LoadSession
 from weightlift.patches import SGLANG_DIFFUSION
 
@@ -48,10 +47,7 @@ class PipelineLoad:
         if not self._is_known and os.environ.get("LOCAL_RANK", "0") == "0":
             self._is_known = True
             root = Path(component).parent
-            found = [
-                [file for file in sorted((root / name).glob("*.safetensors")) if file.exists()]
-                for name in self._components
-            ]
+            found = [shards_in(root / name) for name in self._components]
             if self._by_size:
                 found.sort(key=lambda files: -sum(file.stat().st_size for file in files))
             self.ahead.add(file for files in found for file in files)
@@ -87,13 +83,9 @@ def _load_modules(
     _current.append(load)
     try:
         with load.ahead:
-            components = wrapped(*args, **kwargs)
+            return wrapped(*args, **kwargs)
     finally:
         _current.remove(load)
-    if load.ahead.bytes_read:
-        read = human(load.ahead.bytes_read)
-        logger.info("weightlift: %s were read ahead while components were built", read)
-    return components
 
 
 PATCHES: tuple[Patch, ...] = (
