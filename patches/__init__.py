@@ -140,6 +140,8 @@ VLLM = Integration(
         PatchFile(
             "vllm.model_executor.model_loader.default_loader", "weightlift.patches.vllm.loader"
         ),
+        PatchFile("vllm.v1.worker.gpu_model_runner", "weightlift.patches.vllm.reload", ">=0.18"),
+        PatchFile("vllm.v1.worker.gpu.model_runner", "weightlift.patches.vllm.reload", ">=0.32"),
         PatchFile("vllm.entrypoints.cli.serve", "weightlift.patches.vllm.flags"),
         PatchFile("vllm.entrypoints.llm", "weightlift.patches.vllm.flags"),
     ),

@@ -51,7 +51,7 @@ class ModelLoad:
             WeightliftError: It would be left to the engine, and the user asked for something else.
             CheckpointError: A shard is damaged.
         """
-        report = self._report()
+        report = report_of(self.engine, self.model, self.path, "launch")
         if refusal:
             report.fall_back(settings.insist(refusal))
             result = self.load()
@@ -59,18 +59,6 @@ class ModelLoad:
             result = self._by_plan(settings, report)
         report.finish(settings)
         return result
-
-    def _report(self) -> LoadReport:
-        distributed = torch.distributed
-        is_one_of_many = distributed.is_available() and distributed.is_initialized()
-        return LoadReport(
-            engine=self.engine,
-            version=context_of(self.engine).engine.version,
-            phase="launch",
-            model_path=self.path,
-            rank=distributed.get_rank() if is_one_of_many else 0,
-            architecture=type(self.model).__name__,
-        )
 
     def _by_plan(self, settings: Settings, report: LoadReport) -> Any:
         """Load with lazy tensors; if the model cannot do with them, load again with real ones."""
@@ -88,6 +76,20 @@ class ModelLoad:
         if not report.tensors:
             report.fall_back(settings.insist("it has no safetensors files"))
         return result
+
+
+def report_of(engine: str, model: torch.nn.Module, path: str, phase: str) -> LoadReport:
+    """The report of a load that begins, of this rank."""
+    distributed = torch.distributed
+    is_one_of_many = distributed.is_available() and distributed.is_initialized()
+    return LoadReport(
+        engine=engine,
+        version=context_of(engine).engine.version,
+        phase=phase,
+        model_path=path,
+        rank=distributed.get_rank() if is_one_of_many else 0,
+        architecture=type(model).__name__,
+    )
 
 
 def planned_by(session: LoadSession, model: torch.nn.Module) -> AbstractContextManager[None]:

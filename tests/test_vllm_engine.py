@@ -32,12 +32,21 @@ def told(version: str, models: list[Path], **environ: str) -> list[Any]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_tokens_and_parameters_are_those_of_stock(version: str, kind: str, tmp_path: Path) -> None:
     models = [make_checkpoint(tmp_path / str(seed), kind, seed, head=32) for seed in (1, 2)]
+    damaged = make_checkpoint(tmp_path / "damaged", kind, 2, head=32)
+    shard = max(damaged.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 100)
     report = tmp_path / "report.jsonl"
     asked = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1", "WEIGHTLIFT_REPORT": str(report)}
-    first, second, again = told(version, models, **asked)
+    first, second, again, failed = told(version, [*models, damaged], **asked)
     assert [first, second, again] == told(version, models, WEIGHTLIFT="0")
     assert first != second
     if kind == "qwen3":  # a reload of experts leaves others than a launch, in the stock engine too
         assert first == again
-    (launch,) = map(json.loads, report.read_text().splitlines())
-    assert launch["mode"] == "weightlift" and launch["planned"] > 0
+    assert failed[:2] == again, "the weights before are in place"
+    assert shard.name in failed[2] and "truncated" in failed[2]
+    launch, *reloads = map(json.loads, report.read_text().splitlines())
+    assert [told["phase"] for told in (launch, *reloads)] == ["launch", "update", "update"]
+    for load in (launch, *reloads):
+        assert load["mode"] == "weightlift" and load["planned"] > 0
+        assert load["bytes_needed"] == launch["bytes_needed"], "each byte once"
+        assert load["materialised"] == launch["materialised"], "no more is read at once"

@@ -11,6 +11,7 @@ import pytest
 from engines import environment
 from engines.checkpoints import make_checkpoint
 from engines.runs import Runs, run_cases
+from packaging.version import Version
 
 ASKED = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1"}
 VERSIONS = (
@@ -25,11 +26,12 @@ pytestmark = pytest.mark.engine
 MODELS = ("qwen3", "qwen3moe")
 
 
-def cases_of(folder: Path) -> list[dict[str, Any]]:
+def cases_of(folder: Path, *, can_reload: bool) -> list[dict[str, Any]]:
     """What is loaded, the checkpoints made."""
     models = {kind: str(make_checkpoint(folder / kind, kind, 1, head=32)) for kind in MODELS}
     broken = make_checkpoint(folder / "broken", "qwen3", 1, head=32)
     os.truncate(broken / "model-00002-of-00002.safetensors", 20_000)
+    second = {kind: str(make_checkpoint(folder / f"{kind} 2", kind, 2, head=32)) for kind in MODELS}
     cases: list[dict[str, Any]] = []
     for kind, model in models.items():
         for size in (1, 2):
@@ -38,6 +40,12 @@ def cases_of(folder: Path) -> list[dict[str, Any]]:
                 {**case, "name": f"{kind} {size} stock", "stock": True},
                 {**case, "name": f"{kind} {size}", "env": ASKED},
             ]
+            if can_reload:
+                case["reload"] = second[kind]
+                cases += [
+                    {**case, "name": f"{kind} {size} stock, reloaded", "stock": True},
+                    {**case, "name": f"{kind} {size} reloaded", "env": ASKED},
+                ]
     dense = {"model": models["qwen3"]}
     processes = {**ASKED, "WEIGHTLIFT_READERS": "processes"}
     eager = {"safetensors_load_strategy": "eager"}
@@ -55,7 +63,13 @@ def cases_of(folder: Path) -> list[dict[str, Any]]:
 def run(version: str, folder: Path) -> Runs:
     """All cases, for one import of the engine."""
     engine = environment.vllm(version, Path(sys.executable))
-    return run_cases("vllm_harness.py", cases_of(folder), folder, engine)
+    cases = cases_of(folder, can_reload=can_reload(version))
+    return run_cases("vllm_harness.py", cases, folder, engine)
+
+
+def can_reload(version: str) -> bool:
+    """Whether the engine reloads module by module; before, it loads once more as at launch."""
+    return Version(version) >= Version("0.18")
 
 
 # One test a release: each worker that has one of it imports the engine and runs all cases.
@@ -66,13 +80,18 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
         for size in (1, 2):
             stock, planned = runs.hashes(f"{kind} {size} stock"), runs.hashes(f"{kind} {size}")
             assert planned == stock and len(planned) == size, f"{kind} on {size} ranks"
+            if can_reload(version):
+                stock = runs.hashes(f"{kind} {size} stock, reloaded")
+                assert runs.hashes(f"{kind} {size} reloaded") == stock != planned
     for case in ("processes", "collected", "off", "not asked"):
         assert runs.hashes(case) == runs.hashes("qwen3 1 stock"), case
     # Weightlift did it: each model on one rank and on two, and the three cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
-    assert len(planned_loads) == 2 * 3 + 3
+    reloads = [report for report in planned_loads if report["phase"] == "update"]
+    assert len(planned_loads) == 2 * 3 + 3 + (2 * 3 + len(reloads) if can_reload(version) else 0)
+    assert len(reloads) == (2 * 3 if can_reload(version) else 0)
     for report in planned_loads:
-        assert (report["engine"], report["phase"]) == ("vllm", "launch")
+        assert report["engine"] == "vllm"
         assert report["planned"] > 0 and report["threads"] > 0 and not report["fallback_reason"]
     # What was asked for and cannot be had is an error, and a damaged file is named.
     assert "--safetensors-load-strategy eager was asked for" in runs.error("eager")

@@ -34,7 +34,10 @@ def _load_weights(
         functools.partial(wrapped, *args, **kwargs),
     )
     settings = _with_engine_config(context_of("vllm").settings(), instance)
-    return load.run(settings, _refusal(instance, config, settings))
+    refusal = refusal_of(instance.load_config, config, settings)
+    if type(instance).__name__ != "DefaultModelLoader":
+        refusal = refusal or f"{type(instance).__name__} has ways of its own"
+    return load.run(settings, refusal)
 
 
 def _with_engine_config(settings: Settings, loader: Any) -> Settings:
@@ -44,14 +47,11 @@ def _with_engine_config(settings: Settings, loader: Any) -> Settings:
     return settings.with_threads(threads)
 
 
-def _refusal(loader: Any, config: Any, settings: Settings) -> str:
-    """Why what this loader of the engine loads is left to it, or ''."""
-    given = loader.load_config
+def refusal_of(given: Any, config: Any, settings: Settings) -> str:
+    """Why a load of this model by the engine's configuration of loads is left to it, or ''."""
     wanted = str(getattr(given.load_format, "value", given.load_format))
     if not settings.multithread_load:
         return "multithread load is switched off"
-    if type(loader).__name__ != "DefaultModelLoader":
-        return f"{type(loader).__name__} has ways of its own"
     if wanted not in _FORMATS:
         return f"--load-format {wanted} has ways of its own"
     if given.safetensors_load_strategy not in (None, "lazy"):

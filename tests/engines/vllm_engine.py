@@ -1,7 +1,8 @@
 """The whole vLLM engine of this process's path: launch, generate, reload, generate.
 
-vllm_engine.py MODEL SECOND    prints ``RESULT [[tokens, hash], ...]``: of MODEL, then of SECOND after
-``reload_weights``, then of MODEL again. WEIGHTLIFT=0 for the stock engine.
+vllm_engine.py MODEL SECOND [DAMAGED]    prints ``RESULT [[tokens, hash], ...]``: of MODEL, then of SECOND after
+``reload_weights``, then of MODEL again, and after that failed with DAMAGED, with the error.
+WEIGHTLIFT=0 for the stock engine.
 """
 
 # pyright: reportMissingImports=false
@@ -19,7 +20,7 @@ from engines.forked import state_hash
 PROMPT = {"prompt_token_ids": [10, 20, 30, 40]}
 
 
-def main(model: str, second: str) -> None:
+def main(model: str, second: str, *damaged: str) -> None:
     """Run and tell."""
     engine = LLM(
         model=model,
@@ -32,12 +33,16 @@ def main(model: str, second: str) -> None:
     )
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     told = []
-    for path in (None, second, model):
-        if path:
-            engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    for path in (None, second, model, *damaged):
+        error = []
+        try:
+            if path:
+                engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        except RuntimeError as raised:
+            error = [str(raised)]
         (answer,) = engine.generate(PROMPT, sampling, use_tqdm=False)
         (state,) = engine.apply_model(state_hash)
-        told.append([list(answer.outputs[0].token_ids), state])
+        told.append([list(answer.outputs[0].token_ids), state, *error])
     os.write(1, f"\nRESULT {json.dumps(told)}\n".encode())
     os._exit(0)
 

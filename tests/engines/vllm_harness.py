@@ -3,8 +3,8 @@
 vllm_harness.py CASES.json    see ``engines.forked``
 
 vLLM's own model classes and ``DefaultModelLoader``, without the engine around them. A case has besides:
-model, then if wanted options (of ``EngineArgs``), and collect=true for a model whose loader collects
-the whole stream, as thinkers do.
+model, then if wanted options (of ``EngineArgs``), collect=true for a model whose loader collects the
+whole stream, as thinkers do, and reload, a path that the runner's own ``reload_weights`` loads then.
 """
 
 # pyright: reportMissingImports=false
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 from typing import Any
 
 import torch
@@ -53,7 +54,28 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         )
         initialize_model_parallel(size)
         model = get_model(vllm_config=config)
+        if case.get("reload"):
+            reload_weights(config, model, case["reload"])
         return {"hash": state_hash(model), "parameters": len(list(model.parameters()))}
+
+
+def reload_weights(config: Any, model: torch.nn.Module, path: str) -> None:
+    """By the method of the engine's runner, without the runner, which needs compiled kernels."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    nothing = dict.fromkeys(
+        ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"), lambda: None
+    )
+    runner = types.SimpleNamespace(
+        get_model=lambda: model,
+        load_config=config.load_config,
+        model_config=config.model_config,
+        vllm_config=config,
+        device=torch.device("cpu"),
+        lora_config=None,
+        **nothing,
+    )
+    GPUModelRunner.reload_weights(runner, weights_path=path)
 
 
 def main(path: str) -> None:

@@ -1,0 +1,120 @@
+"""``reload_weights`` of vLLM from 0.18 on: new weights into a running model, module by module.
+
+The engine puts the whole model on the meta device, has its ``load_weights`` run on that while it keeps
+what it is given, and loads each module for real once all of its weights are there: into new memory, from
+where it is copied to where the kernels know it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from weightlift.compat.context import context_of
+from weightlift.compat.patch import Patch
+from weightlift.loading.errors import CheckpointError
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession, NamedWeights
+from weightlift.loading.settings import Settings
+from weightlift.patches.planned import report_of
+from weightlift.patches.shadow import shadowed
+from weightlift.patches.vllm.loader import refusal_of
+
+logger = logging.getLogger("weightlift")
+
+
+def _reload_weights(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Reload by plan from files; what a trainer hands over, and what was not asked for, as the engine does."""
+    if instance is None:  # runners of another class borrow this method, from 0.22 to 0.31
+        instance, args = args[0], args[1:]
+        wrapped = functools.partial(wrapped, instance)
+    settings = context_of("vllm").settings()
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    is_from_files = call.get("weights_iterator") is None and call.get("is_checkpoint_format", True)
+    if not is_from_files or "multithread_load" not in settings.asked:
+        return wrapped(*args, **kwargs)
+    model = instance.get_model()
+    config = getattr(instance, "model_config", None) or instance.vllm_config.model_config
+    load_config = getattr(instance, "load_config", None) or instance.vllm_config.load_config
+    report = report_of("vllm", model, str(call.get("weights_path") or config.model), "update")
+    refusal = refusal_of(load_config, config, settings)
+    if refusal:
+        report.fall_back(settings.insist(refusal))
+        result = wrapped(*args, **kwargs)
+    else:
+        result = _by_plan(wrapped, args, kwargs, model, settings, report)
+    report.finish(settings)
+    return result
+
+
+def _by_plan(
+    wrapped: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model: torch.nn.Module,
+    settings: Settings,
+    report: LoadReport,
+) -> Any:
+    """Reload with lazy tensors; if that cannot be, with real ones."""
+    session = LoadSession(settings, report)
+
+    def load_weights(original: Any, weights: NamedWeights) -> Any:
+        with session.armed():
+            return original(session.guard(weights))
+
+    try:
+        with session:
+            with shadowed(model, "load_weights", load_weights):
+                result = wrapped(*args, **kwargs)
+            session.finish(model)
+    except Exception as error:
+        _put_back(model)
+        if isinstance(error, CheckpointError):
+            state = "holds parts of both checkpoints" if report.planned else "is as it was"
+            logger.error("weightlift: the model %s", state)
+            raise
+        report.fall_back(settings.insist(str(session.aborted or repr(error))))
+        return wrapped(*args, **kwargs)
+    return result
+
+
+def _put_back(model: torch.nn.Module) -> None:
+    """Let modules that are not reloaded yet have their weights again, which the engine set aside."""
+    engine: Any = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
+    for layer in model.modules():
+        info = engine.get_layerwise_info(layer)
+        if info.can_load() and info.kernel_tensors is not None:
+            engine._place_kernel_tensors(layer, info)
+        info.reset()
+    if hasattr(model, "_original_do_torchao_reload"):
+        model._do_torchao_reload = model._original_do_torchao_reload
+
+
+def _record(target: str, versions: str) -> Patch:
+    return Patch(
+        target=target,
+        versions=versions,
+        wrapper=_reload_weights,
+        parameters=("weights_iterator", "weights_path", "is_checkpoint_format"),
+        why="The engine copies tensor by tensor on one thread while it reads, and a file that is damaged "
+        "leaves a model on the meta device.",
+        how="If multithread load was asked for, the model's own `load_weights` gets lazy tensors; each "
+        "module is read as the engine puts it in place. After an error modules have weights again: the "
+        "ones before, as far as they were not replaced.",
+        upstream="Nothing of the kind is proposed.",
+        drop_when="The engine's own reload reads at the speed of the hardware.",
+    )
+
+
+PATCHES: tuple[Patch, ...] = (
+    _record("vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights", ">=0.18,<0.33"),
+    _record("vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights", ">=0.32,<0.33"),
+)
