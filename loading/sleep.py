@@ -112,6 +112,7 @@ class Sleeper:
             try:
                 copied = self._copy_to_host(storages)
             except BaseException:
+                _wait_for(storage.memory.device for storage in storages)
                 self.release()
                 raise
             finally:

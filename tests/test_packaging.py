@@ -148,10 +148,11 @@ def test_what_is_generated_is_up_to_date() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-def test_the_plugin_entry_point_installs_without_an_engine() -> None:
+@pytest.mark.parametrize("group", ["sglang.srt.plugins", "sglang.multimodal_gen.plugins"])
+def test_the_plugin_entry_points_install_without_an_engine(group: str) -> None:
     code = (
         "from importlib.metadata import entry_points\n"
-        "(plugin,) = entry_points(group='sglang.srt.plugins', name='weightlift')\n"
+        f"(plugin,) = entry_points(group='{group}', name='weightlift')\n"
         "install = plugin.load()\n"
         "install(), install()\n"
         "from weightlift.hooks import bootstrap\n"
