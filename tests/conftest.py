@@ -56,10 +56,10 @@ def open_session(request: pytest.FixtureRequest) -> OpenSession:
 def wan_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two diffusion pipelines, and the second once more with a damaged text encoder."""
     folder = tmp_path_factory.mktemp("updates")
-    engine = diffusion_and_sglang("0.5.23")
+    arguments: list[object] = []
     for place, seed in (("first", 1), ("second", 2), ("damaged", 2)):
-        arguments = ["wan", folder / place / NAMES["wan"], seed]
-        run_harness("diffusion_checkpoints.py", arguments, *engine)
+        arguments += ["wan", folder / place / NAMES["wan"], seed, 64]
+    run_harness("diffusion_checkpoints.py", arguments, *diffusion_and_sglang("0.5.23"))
     shard = max((folder / "damaged").rglob("text_encoder/*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 100)
     return folder

@@ -39,9 +39,10 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = diffusion_and_sglang(NEWEST)
     made = {f"sound {kind}": (kind, 64) for kind in NAMES}
     made |= {f"damaged {component}": ("wan", 64) for component in ("transformer", "text_encoder")}
+    arguments: list[object] = []
     for place, (kind, width) in {**made, "wide": ("wan", WIDTH)}.items():
-        where = folder / place.removesuffix(f" {kind}") / NAMES[kind]
-        run_harness("diffusion_checkpoints.py", [kind, where, 1, width], *engine)
+        arguments += [kind, folder / place.removesuffix(f" {kind}") / NAMES[kind], 1, width]
+    run_harness("diffusion_checkpoints.py", arguments, *engine)
     for component in ("transformer", "text_encoder"):
         shards = (folder / f"damaged {component}").rglob(f"{component}/*.safetensors")
         shard = max(shards)

@@ -23,7 +23,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of each kind, a wide one and a damaged one."""
     folder = tmp_path_factory.mktemp("pipelines")
     newest = omni_and_vllm("0.30.0")
-    whole = ["qwen", folder / "whole/Qwen-Image", 1]
+    whole = ["qwen", folder / "whole/Qwen-Image", 1, 64]
     run_harness("diffusion_checkpoints.py", whole, *diffusion_and_sglang("0.5.23"))
     for kind, name, *width in (
         ("qwenimage", "qwenimage"),

@@ -1,8 +1,8 @@
 """Tiny random diffusion pipelines in diffusers' layout, which SGLang Diffusion loads and runs.
 
-diffusion_checkpoints.py wan|flux|qwen FOLDER SEED [WIDTH]
+diffusion_checkpoints.py (wan|flux|qwen FOLDER SEED WIDTH)...
 
-The folder must have the name of the hub's model: SGLang Diffusion knows pipelines by it.
+To import what makes them takes longer than to make them. The folder must have the name of the hub's model: SGLang Diffusion knows pipelines by it.
 """
 
 # pyright: reportMissingImports=false
@@ -292,10 +292,12 @@ def _index(folder: Path, pipeline: str, components: dict[str, list[str]]) -> Non
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def main(kind: str, folder: str, seed: str, width: str = "64") -> None:
-    """Write one pipeline."""
-    torch.manual_seed(int(seed))
-    {"wan": make_wan, "flux": make_flux, "qwen": make_qwen}[kind](Path(folder), int(width))
+def main(*arguments: str) -> None:
+    """Write the pipelines."""
+    makers = {"wan": make_wan, "flux": make_flux, "qwen": make_qwen}
+    for kind, folder, seed, width in zip(*[iter(arguments)] * 4, strict=True):
+        torch.manual_seed(int(seed))
+        makers[kind](Path(folder), int(width))
 
 
 if __name__ == "__main__":
