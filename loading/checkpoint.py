@@ -12,6 +12,7 @@ from pathlib import Path
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry, read_entries
+from weightlift.loading.uncollected import uncollected
 
 INDEX_NAME = "model.safetensors.index.json"
 _OPEN_THREADS = 8
@@ -45,7 +46,7 @@ class Checkpoint:
             UnsupportedCheckpoint: A dtype that this torch does not have.
         """
         paths = [os.fspath(file) for file in files]
-        with ThreadPoolExecutor(_OPEN_THREADS) as pool:
+        with uncollected(), ThreadPoolExecutor(_OPEN_THREADS) as pool:
             opening = [pool.submit(open_shard, path) for path in paths]
         failed = next((job for job in opening if job.exception()), None)
         if failed:

@@ -11,8 +11,7 @@ import json
 import math
 import os
 import threading
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,8 +49,7 @@ DTYPES: dict[str, torch.dtype] = {
 """Safetensors dtype names that this torch has."""
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor of a shard: ``nbytes`` bytes from byte ``offset`` of the file, row-major."""
 
     name: str
@@ -108,11 +106,14 @@ def _text(file: ShardFile) -> bytes:
 
 
 def _json(file: ShardFile, text: bytes) -> dict[str, Any]:
+    # Called once a number or a name, these would take half of the time of parsing.
+    parse_int = _whole_number if b"-0" in text else None
+    pairs_hook = _as_text if b"\\u" in text else _without_duplicates
     try:
         header = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_int=_whole_number,
+            object_pairs_hook=pairs_hook,
+            parse_int=parse_int,
             parse_constant=_no_number,
         )
     except (ValueError, RecursionError) as error:
@@ -126,8 +127,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands in it twice")
+    return found
+
+
+def _as_text(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = _without_duplicates(pairs)
     for key in found:
-        key.encode()  # half a surrogate pair is no text
+        key.encode()  # half a surrogate pair, which only an escape can give, is no text
     return found
 
 
@@ -165,29 +171,39 @@ def _entries(file: ShardFile, header: dict[str, Any], start: int) -> dict[str, T
 
 def _entry(file: ShardFile, name: str, facts: Any, start: int) -> TensorEntry:
     """One tensor of the header; offsets in it count from the start of the data."""
-
-    def fail(problem: str) -> CheckpointError:
-        return CheckpointError(file.path, problem, tensor=name)
-
-    if not isinstance(facts, dict) or not facts.keys() >= {"dtype", "shape", "data_offsets"}:
-        raise fail("its header entry lacks dtype, shape or data_offsets")
-    shape, offsets = facts["shape"], facts["data_offsets"]
-    if not _are_sizes(shape):
-        raise fail(f"its shape {shape!r} is not a list of sizes")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise fail(f"its data_offsets {offsets!r} are not a range of bytes")
+    problem = _problem(facts)
+    if problem:
+        raise CheckpointError(file.path, problem, tensor=name)
+    shape, (begin, end) = facts["shape"], facts["data_offsets"]
     dtype = DTYPES.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
     if dtype is None:
         raise UnsupportedCheckpoint(f"{file.path}, tensor {name!r}: dtype {facts['dtype']!r}")
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes != offsets[1] - offsets[0]:
-        raise fail(f"{facts['dtype']} of shape {shape} takes {nbytes} bytes, not {offsets}")
-    if math.prod(size for size in shape if size) * dtype.itemsize >= 1 << 63:
+    if nbytes != end - begin:
+        problem = f"{facts['dtype']} of shape {shape} takes {nbytes} bytes, not {end - begin}"
+        raise CheckpointError(file.path, problem, tensor=name)
+    if not nbytes and math.prod(size for size in shape if size) * dtype.itemsize >= 1 << 63:
         raise UnsupportedCheckpoint(f"{file.path}, tensor {name!r}: shape {shape}")
-    return TensorEntry(name, dtype, tuple(shape), start + offsets[0], nbytes)
+    return TensorEntry(name, dtype, tuple(shape), start + begin, nbytes)
+
+
+def _problem(facts: Any) -> str:
+    """What is wrong with a tensor's entry, its dtype and size apart; '' if nothing is."""
+    try:
+        shape, offsets, _ = facts["shape"], facts["data_offsets"], facts["dtype"]
+    except (KeyError, TypeError):
+        return "its header entry lacks dtype, shape or data_offsets"
+    if not _are_sizes(shape):
+        return f"its shape {shape!r} is not a list of sizes"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"its data_offsets {offsets!r} are not a range of bytes"
+    return ""
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value < 1 << 63 for value in values
-    )
+    if type(values) is not list:
+        return False
+    for value in values:
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            return False
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 import weakref
@@ -28,6 +27,7 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.source import Source
 from weightlift.loading.stage import active_stage
+from weightlift.loading.uncollected import uncollected
 
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
 
@@ -98,7 +98,7 @@ class LoadSession:
         _thread.session = self
         self._copies.thread = threading.get_ident()
         try:
-            with PendingGuard(self._copies), _without_collecting():
+            with PendingGuard(self._copies), uncollected():
                 yield
         finally:
             _thread.session = before
@@ -235,15 +235,3 @@ class LoadSession:
 
     def _bytes_read(self) -> int:
         return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """No garbage collection: planning makes objects by the ten thousand, and none in a cycle."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

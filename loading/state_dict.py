@@ -13,6 +13,7 @@ from weightlift.loading.fill import fill
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
+from weightlift.loading.uncollected import uncollected
 
 
 def load_into(
@@ -37,7 +38,7 @@ def load_into(
     """
     settings = settings or Settings()
     report = LoadReport(phase="load", model_path=os.fspath(path))
-    with LoadSession(settings, report) as session, torch.no_grad():
+    with LoadSession(settings, report) as session, torch.no_grad(), uncollected():
         checkpoint = session.hold(Checkpoint.from_path(path))
         _check(checkpoint, targets, os.fspath(path))
         fill(session, checkpoint, targets)

@@ -44,7 +44,7 @@ def cases_of(folder: Path, *, can_reload: bool) -> list[dict[str, Any]]:
                 case["reload"] = second[kind]
                 cases += [
                     {**case, "name": f"{kind} {size} stock, reloaded", "stock": True},
-                    {**case, "name": f"{kind} {size} reloaded", "env": ASKED},
+                    {**case, "name": f"{kind} {size} reloaded"},
                 ]
     dense = {"model": models["qwen3"]}
     processes = {**ASKED, "WEIGHTLIFT_READERS": "processes"}

@@ -33,16 +33,16 @@ def _load_weights(
         str(config.model),
         functools.partial(wrapped, *args, **kwargs),
     )
-    settings = _with_engine_config(context_of("vllm").settings(), instance)
+    settings = with_engine_config(context_of("vllm").settings(), instance.load_config)
     refusal = refusal_of(instance.load_config, config, settings)
     if type(instance).__name__ != "DefaultModelLoader":
         refusal = refusal or f"{type(instance).__name__} has ways of its own"
     return load.run(settings, refusal)
 
 
-def _with_engine_config(settings: Settings, loader: Any) -> Settings:
+def with_engine_config(settings: Settings, load_config: Any) -> Settings:
     """Threads of the engine's own configuration count where our option was not given."""
-    given = loader.load_config.model_loader_extra_config
+    given = load_config.model_loader_extra_config
     threads = given.get("num_threads") if isinstance(given, Mapping) else None
     return settings.with_threads(threads)
 

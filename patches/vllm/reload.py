@@ -24,7 +24,7 @@ from weightlift.loading.session import LoadSession, NamedWeights
 from weightlift.loading.settings import Settings
 from weightlift.patches.planned import report_of
 from weightlift.patches.shadow import shadowed
-from weightlift.patches.vllm.loader import refusal_of
+from weightlift.patches.vllm.loader import refusal_of, with_engine_config
 
 logger = logging.getLogger("weightlift")
 
@@ -32,18 +32,18 @@ logger = logging.getLogger("weightlift")
 def _reload_weights(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Reload by plan from files; what a trainer hands over, and what was not asked for, as the engine does."""
+    """Reload by plan from files; what a trainer hands over goes in as the engine does it."""
     if instance is None:  # runners of another class borrow this method, from 0.22 to 0.31
         instance, args = args[0], args[1:]
         wrapped = functools.partial(wrapped, instance)
-    settings = context_of("vllm").settings()
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     is_from_files = call.get("weights_iterator") is None and call.get("is_checkpoint_format", True)
-    if not is_from_files or "multithread_load" not in settings.asked:
+    if not is_from_files:
         return wrapped(*args, **kwargs)
     model = instance.get_model()
     config = getattr(instance, "model_config", None) or instance.vllm_config.model_config
     load_config = getattr(instance, "load_config", None) or instance.vllm_config.load_config
+    settings = with_engine_config(context_of("vllm").settings(), load_config)
     report = report_of("vllm", model, str(call.get("weights_path") or config.model), "update")
     refusal = refusal_of(load_config, config, settings)
     if refusal:
@@ -106,9 +106,9 @@ def _record(target: str, versions: str) -> Patch:
         parameters=("weights_iterator", "weights_path", "is_checkpoint_format"),
         why="The engine copies tensor by tensor on one thread while it reads, and a file that is damaged "
         "leaves a model on the meta device.",
-        how="If multithread load was asked for, the model's own `load_weights` gets lazy tensors; each "
-        "module is read as the engine puts it in place. After an error modules have weights again: the "
-        "ones before, as far as they were not replaced.",
+        how="The model's own `load_weights` gets lazy tensors; each module is read as the engine puts it "
+        "in place. After an error modules have weights again: the ones before, as far as they were not "
+        "replaced.",
         upstream="Nothing of the kind is proposed.",
         drop_when="The engine's own reload reads at the speed of the hardware.",
     )

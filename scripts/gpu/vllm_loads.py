@@ -2,9 +2,8 @@
 
 vllm_loads.py CHECKPOINT OUT    numbers go to OUT
 
-``DefaultModelLoader.load_weights`` into the parameters of vLLM's own model, in a process of its own for
-each way, several times: the first is a launch, those after are what ``reload_weights`` does. The page
-cache is warm. Needs vLLM in this Python's path (``scripts/gpu/bundle-omni``), without its compiled
+``DefaultModelLoader.load_weights`` into the parameters of vLLM's own model, several times, then the
+runner's ``reload_weights``, in a process of its own for each way. The page cache is warm. Needs vLLM in this Python's path (``scripts/gpu/bundle-omni``), without its compiled
 kernels: its platform is the CPU, its parameters are on the GPU.
 """
 
@@ -16,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,53 @@ def load(checkpoint: str, way: str) -> dict[str, Any]:
         seconds = [
             timed(lambda: loader.load_weights(model, config.model_config)) for _ in range(CALLS)
         ]
-    sums = [
-        int(value.detach().reshape(-1).view(torch.int16).to(torch.int64).sum())
-        for _, value in sorted(model.named_parameters())
-    ]
+        loaded = sums_of(model)
+        places = [value.data_ptr() for value in model.parameters()]
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        reload = reload_of(config, model, checkpoint)
+        for value in model.parameters():
+            value.data.zero_()
+        reloads = [timed(reload) for _ in range(CALLS)]
+    assert sums_of(model) == loaded, "a reload of the same checkpoint changes parameters"
+    assert places == [value.data_ptr() for value in model.parameters()], "parameters moved"
     nbytes = sum(value.nbytes for value in model.parameters())
-    return {"seconds": seconds, "sums": hash(tuple(sums)), "nbytes": nbytes}
+    more = torch.cuda.max_memory_allocated() - nbytes
+    return {
+        "seconds": seconds,
+        "reloads": reloads,
+        "sums": loaded,
+        "nbytes": nbytes,
+        "reload_bytes": more,
+    }
+
+
+def reload_of(config: Any, model: torch.nn.Module, checkpoint: str) -> Callable[[], object]:
+    """The method of the engine's runner, without the runner, which needs compiled kernels."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    runner = types.SimpleNamespace(
+        get_model=lambda: model,
+        load_config=config.load_config,
+        model_config=config.model_config,
+        vllm_config=config,
+        device=DEVICE,
+        lora_config=None,
+        **dict.fromkeys(
+            ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"), lambda: None
+        ),
+    )
+    return lambda: GPUModelRunner.reload_weights(runner, weights_path=checkpoint)
+
+
+def sums_of(model: torch.nn.Module) -> int:
+    """A number that tells what the parameters hold."""
+    return hash(
+        tuple(
+            int(value.detach().reshape(-1).view(torch.int16).to(torch.int64).sum())
+            for _, value in sorted(model.named_parameters())
+        )
+    )
 
 
 def run(checkpoint: Path, way: str) -> dict[str, Any]:
@@ -91,8 +133,12 @@ def main(checkpoint: Path, out: Path) -> None:
     rows = []
     for way in WAYS:
         rows.append({"way": way, "stored": stored, "ceiling": ceiling, **run(checkpoint, way)})
-        told = " ".join(f"{seconds:.3f}" for seconds in rows[-1]["seconds"])
-        print(f"{way:20s} {told} s", flush=True)
+        loads, reloads = (
+            " ".join(f"{seconds:.3f}" for seconds in rows[-1][kind])
+            for kind in ("seconds", "reloads")
+        )
+        more = rows[-1]["reload_bytes"] / 1e9
+        print(f"{way:20s} {loads} s, reload {reloads} s, {more:.2f} GB more", flush=True)
         (out / "vllm.json").write_text(json.dumps(rows, indent=1))
     sums = {row["sums"] for row in rows}
     print(f"parameters are {'equal' if len(sums) == 1 else 'NOT equal'}", flush=True)
