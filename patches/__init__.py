@@ -114,7 +114,8 @@ SGLANG = Integration(
                 switch="parallel_module_load",
             )
             for module, source, versions in (
-                ("pipelines_core.composed_pipeline_base", "pipelines", SGLANG_DIFFUSION),
+                ("pipelines.composed_pipeline_base", "pipelines", ">=0.5.5,<0.5.6"),
+                ("pipelines_core.composed_pipeline_base", "pipelines", ">=0.5.6,<0.5.24"),
                 ("loader.component_loader", "components", ">=0.5.7,<0.5.9"),
                 ("loader.component_loader", "weights", ">=0.5.7,<0.5.9"),
                 ("loader.component_loaders.component_loader", "components", ">=0.5.9,<0.5.24"),

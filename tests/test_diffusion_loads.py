@@ -163,3 +163,13 @@ def test_memory_beside_the_weights_is_what_readers_may_take(
     assert weights > 4 * (LITTLE_MIB << 20)
     # Another 32 MiB for what building a pipeline takes: modules, tokenizers, threads.
     assert planned["memory"] < weights + (LITTLE_MIB + 32 << 20), (planned["memory"], weights)
+
+
+@pytest.mark.parametrize("version", releases("0.5.6.post2", more=("0.5.5.post3",)))
+def test_who_asks_in_a_release_before_those_that_are_known_is_told(version: str) -> None:
+    package = "pipelines" if version.startswith("0.5.5") else "pipelines_core"
+    module = f"{package}.composed_pipeline_base"
+    told = run_harness("diffusion_old.py", [module], *diffusion_and_sglang(version))
+    asked, not_asked = told.split("RESULT ")[1:]
+    assert asked.startswith("WeightliftError") and version in asked and "0.5.7" in asked
+    assert not_asked.startswith("AttributeError")  # the engine's own method, without a pipeline

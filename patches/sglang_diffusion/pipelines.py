@@ -13,6 +13,7 @@ import torch
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.budget import page_cache_share
+from weightlift.loading.errors import WeightliftError
 from weightlift.loading.read_ahead import ReadAhead, shards_in
 from weightlift.loading.readers import warm_up
 from weightlift.loading.session import LoadSession
@@ -20,7 +21,8 @@ from weightlift.patches import SGLANG_DIFFUSION
 
 logger = logging.getLogger("weightlift")
 
-_MODULE = "sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base"
+_RUNTIME = "sglang.multimodal_gen.runtime"
+_MODULE = f"{_RUNTIME}.pipelines_core.composed_pipeline_base"
 
 
 class PipelineLoad:
@@ -88,7 +90,38 @@ def _load_modules(
         _current.remove(load)
 
 
+def _refuse_load_modules(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Load the components as the engine does, unless something else was asked for."""
+    context = context_of("sglang")
+    if context.settings().parallel_module_load:
+        raise WeightliftError(
+            f"parallel module load was asked for and cannot be had with SGLang {context.engine.version}: "
+            "weightlift loads diffusion pipelines from 0.5.7 on. Upgrade SGLang, or unset "
+            "WEIGHTLIFT_PARALLEL_MODULE_LOAD to load with the engine's own loaders."
+        )
+    return wrapped(*args, **kwargs)
+
+
 PATCHES: tuple[Patch, ...] = (
+    *(
+        Patch(
+            target=f"{_RUNTIME}.{package}.composed_pipeline_base:ComposedPipelineBase.load_modules",
+            versions=versions,
+            wrapper=_refuse_load_modules,
+            parameters=("server_args",),
+            why="Loaders of these releases are of another make, and who asks for parallel module load "
+            "would get the engine's without a word.",
+            how="Raises an error where parallel module load was asked for; all else is the engine's.",
+            upstream="Nothing is proposed for releases this old.",
+            drop_when="Releases before 0.5.7 are not supported any more.",
+        )
+        for package, versions in (
+            ("pipelines", ">=0.5.5,<0.5.6"),
+            ("pipelines_core", ">=0.5.6,<0.5.7"),
+        )
+    ),
     Patch(
         target=f"{_MODULE}:ComposedPipelineBase.load_modules",
         versions=SGLANG_DIFFUSION,
