@@ -114,6 +114,9 @@ class Checkpoint:
         for folder in {os.path.dirname(shard.file.path) for shard in self.shards}:
             index = Path(folder, INDEX_NAME)
             weight_map = _weight_map(index) if index.is_file() else {}
+            named = {os.path.realpath(os.path.join(folder, name)) for name in weight_map.values()}
+            if named.isdisjoint(opened):  # the index of other files, as of consolidated ones
+                continue
             shards: dict[str, Shard | None] = {}
             for file in sorted(set(weight_map.values())):
                 path = os.path.join(folder, file)

@@ -38,7 +38,7 @@ def fill(session: LoadSession, checkpoint: Checkpoint, targets: Mapping[str, tor
                 continue
             report.planned += 1
             report.bytes_needed += entry.nbytes
-            memory = target.detach()
+            memory = target.detach() if target.requires_grad else target
             if are_apart and memory.dtype == entry.dtype and memory.is_contiguous():
                 run = Run(entry.offset, entry.offset + entry.nbytes, memory, 0)
                 runs.setdefault(memory.device, []).append(run)
@@ -56,11 +56,10 @@ def fill(session: LoadSession, checkpoint: Checkpoint, targets: Mapping[str, tor
 
 def _are_apart(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether no two tensors share memory, going by their first and last elements."""
-    spans = sorted((tensor.data_ptr(), _end(tensor)) for tensor in tensors if tensor.numel())
+    spans = sorted([_addresses(tensor) for tensor in tensors if tensor.numel()])
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
 
 
-def _end(tensor: torch.Tensor) -> int:
-    if tensor.layout is not torch.strided:
-        return tensor.data_ptr()
-    return tensor.data_ptr() + span(tensor)
+def _addresses(tensor: torch.Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    return start, start + (span(tensor) if tensor.layout is torch.strided else 0)

@@ -86,7 +86,7 @@ def form(tensor: torch.Tensor) -> tuple[object, ...]:
 def span(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to its last."""
     if tensor.is_contiguous():
-        return tensor.numel() * tensor.element_size()
+        return tensor.nbytes
     return extent(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
 
 

@@ -183,10 +183,15 @@ class LoadSession:
         What a loader copies after that (it may have collected them all) is copied at once.
         """
         yield from weights
-        self._copies.is_exhausted = True
-        if self.ledger is not None:
-            self.ledger.end()
-        self.report.plan_seconds = time.perf_counter() - self._plan_started
+        self.end()
+
+    def end(self) -> None:
+        """No more tensors come; all that was recorded is in place on return. Twice does no harm."""
+        if not self.is_exhausted:
+            self._copies.is_exhausted = True
+            if self.ledger is not None:
+                self.ledger.end()
+            self.report.plan_seconds = time.perf_counter() - self._plan_started
         self.flush()
 
     def finish(self, model: torch.nn.Module, was_meta: frozenset[str] = frozenset()) -> None:

@@ -167,12 +167,20 @@ class Sleeper:
 
     def _copy_to_host(self, storages: list[Storage]) -> int:
         """Bring the host's copies up to date; the bytes that this took."""
-        now = [self._digests.of(storage.memory) for storage in storages]
+        now = self._digests_of(storages)
         keys = [(storage.name, storage.memory.numel()) for storage in storages]
         is_known = keys == list(self._copies)
         copied = (self._copy_changed if is_known else self._copy_all)(storages, now)
         _wait_for(storage.memory.device for storage in storages)
         return copied
+
+    def _digests_of(self, storages: list[Storage]) -> list[torch.Tensor]:
+        """Digests of what is on devices, which takes some memory there."""
+        try:
+            return [self._digests.of(storage.memory) for storage in storages]
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        return [self._digests.of(storage.memory) for storage in storages]
 
     def _copy_changed(self, storages: list[Storage], now: list[torch.Tensor]) -> int:
         copied = 0

@@ -63,4 +63,5 @@ def _tensors(models: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, torch
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor has memory of its own: distributed and quantised ones may wrap others."""
-    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+    is_lazy = tensor.is_conj() or tensor.is_neg()  # its memory alone does not tell its values
+    return tensor.layout is torch.strided and not (is_lazy or is_traceable_wrapper_subclass(tensor))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_switched_off: list[None] = []
+"""An entry for each block that will switch collection on again."""
 
 
 @contextmanager
@@ -15,8 +19,21 @@ def uncollected() -> Iterator[None]:
     """
     was_on = gc.isenabled()
     gc.disable()
+    if was_on:
+        _switched_off.append(None)
     try:
         yield
     finally:
         if was_on:
+            del _switched_off[-1:]
             gc.enable()
+
+
+def _collect_again() -> None:
+    """A child that another thread forked has nobody to switch collection on."""
+    if _switched_off:
+        _switched_off.clear()
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_collect_again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from weightlift.loading.checkpoint import Checkpoint, shard_paths
 from weightlift.loading.errors import CheckpointError, UnsupportedCheckpoint
+from weightlift.loading.uncollected import uncollected
 
 F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -161,6 +163,27 @@ def test_a_missing_file_is_named_and_the_others_are_closed(tmp_path: Path) -> No
 def test_a_directory_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no safetensors file"):
         Checkpoint.from_path(tmp_path)
+
+
+def test_an_index_of_other_files_does_not_count(tmp_path: Path) -> None:
+    consolidated = write(tmp_path / "consolidated.safetensors", {"a": F32})
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with Checkpoint.open([consolidated]) as checkpoint:
+        assert [entry.name for entry in checkpoint.entries()] == ["a"]
+
+
+def test_a_child_that_is_forked_while_headers_are_parsed_collects_garbage() -> None:
+    with uncollected():
+        assert not gc.isenabled()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_a_name_that_the_index_promises_must_be_there(tmp_path: Path) -> None:

@@ -110,6 +110,16 @@ def test_a_model_comes_back_as_it_was(model: Model, sleeper: Sleeper, device: to
 
 
 @pytest.mark.gpu
+def test_what_its_memory_does_not_tell_stays(sleeper: Sleeper, device: torch.device) -> None:
+    wave = torch.polar(torch.ones(3), torch.arange(3.0)).to(device)
+    model = torch.nn.Linear(2, 2, device=device)
+    model.register_buffer("wave", wave.conj())
+    sleeper.sleep({"model": model})
+    sleeper.wake_up()
+    stayed = model.get_buffer("wave")
+    assert stayed.is_conj() and torch.equal(stayed, wave.conj())
+
+
 def test_the_memory_of_the_device_is_free_meanwhile() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here; scripts/gpu runs this on one")

@@ -19,6 +19,7 @@ import torch
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import CheckpointError
+from weightlift.loading.leftovers import meta_names
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, NamedWeights
 from weightlift.loading.settings import Settings
@@ -65,25 +66,38 @@ def _by_plan(
 ) -> Any:
     """Reload with lazy tensors; if that cannot be, with real ones."""
     session = LoadSession(settings, report)
+    was_meta = meta_names(model)
 
     def load_weights(original: Any, weights: NamedWeights) -> Any:
         with session.armed():
-            return original(session.guard(weights))
+            result = original(session.guard(weights))
+        session.end()  # the engine copies on what it was given, whether all was taken or not
+        return result
 
     try:
         with session:
             with shadowed(model, "load_weights", load_weights):
                 result = wrapped(*args, **kwargs)
-            session.finish(model)
-    except Exception as error:
+            session.finish(model, was_meta)
+    except CheckpointError:
+        is_alone = report.bytes_needed == 0 and _ranks() == 1
+        if is_alone:  # or ranks, or modules, would be of two checkpoints, and nobody would know
+            _put_back(model)
+        state = "is as it was" if is_alone else "has no weights until a reload succeeds"
+        logger.error("weightlift: the model %s", state)
+        raise
+    except Exception as error:  # noqa: BLE001 - told, and the engine reloads by itself
         _put_back(model)
-        if isinstance(error, CheckpointError):
-            state = "holds parts of both checkpoints" if report.planned else "is as it was"
-            logger.error("weightlift: the model %s", state)
-            raise
         report.fall_back(settings.insist(str(session.aborted or repr(error))))
         return wrapped(*args, **kwargs)
+    if not report.tensors:
+        report.fall_back(settings.insist("it has no safetensors files"))
     return result
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def _put_back(model: torch.nn.Module) -> None:
@@ -91,7 +105,7 @@ def _put_back(model: torch.nn.Module) -> None:
     engine: Any = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
     for layer in model.modules():
         info = engine.get_layerwise_info(layer)
-        if info.can_load() and info.kernel_tensors is not None:
+        if info.load_numel_total is not None and info.kernel_tensors is not None:
             engine._place_kernel_tensors(layer, info)
         info.reset()
     if hasattr(model, "_original_do_torchao_reload"):
@@ -107,8 +121,8 @@ def _record(target: str, versions: str) -> Patch:
         why="The engine copies tensor by tensor on one thread while it reads, and a file that is damaged "
         "leaves a model on the meta device.",
         how="The model's own `load_weights` gets lazy tensors; each module is read as the engine puts it "
-        "in place. After an error modules have weights again: the ones before, as far as they were not "
-        "replaced.",
+        "in place. After damage that shows before a byte is read, one rank alone has its weights again; "
+        "else the model has none, as in stock, and fails until a reload succeeds.",
         upstream="Nothing of the kind is proposed.",
         drop_when="The engine's own reload reads at the speed of the hardware.",
     )

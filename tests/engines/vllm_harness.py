@@ -4,7 +4,8 @@ vllm_harness.py CASES.json    see ``engines.forked``
 
 vLLM's own model classes and ``DefaultModelLoader``, without the engine around them. A case has besides:
 model, then if wanted options (of ``EngineArgs``), collect=true for a model whose loader collects the
-whole stream, as thinkers do, and reload, a path that the runner's own ``reload_weights`` loads then.
+whole stream, as thinkers do, and reload, a path that the runner's own ``reload_weights`` loads then:
+after ``damaged``, a path that it must fail to load, and with ``asks_for_addresses`` of each weight.
 """
 
 # pyright: reportMissingImports=false
@@ -54,6 +55,10 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         )
         initialize_model_parallel(size)
         model = get_model(vllm_config=config)
+        if case.get("damaged"):
+            fail_to_reload(config, model, case["damaged"])
+        if case.get("asks_for_addresses"):
+            ask_for_addresses(model)
         if case.get("reload"):
             reload_weights(config, model, case["reload"])
         return {"hash": state_hash(model), "parameters": len(list(model.parameters()))}
@@ -76,6 +81,24 @@ def reload_weights(config: Any, model: torch.nn.Module, path: str) -> None:
         **nothing,
     )
     GPUModelRunner.reload_weights(runner, weights_path=path)
+
+
+def fail_to_reload(config: Any, model: torch.nn.Module, path: str) -> None:
+    """A reload of a damaged checkpoint, which is an error."""
+    try:
+        reload_weights(config, model, path)
+    except Exception as error:
+        assert "truncated" in str(error), error
+    else:
+        raise AssertionError("a damaged checkpoint was loaded")
+
+
+def ask_for_addresses(model: Any) -> None:
+    """Have the model ask where each weight is, which no lazy tensor can tell."""
+    load = model.load_weights
+    model.load_weights = lambda weights: load(
+        (name, weight) for name, weight in weights if weight.data_ptr()
+    )
 
 
 def main(path: str) -> None:
