@@ -114,15 +114,14 @@ class Checkpoint:
         for folder in {os.path.dirname(shard.file.path) for shard in self.shards}:
             index = Path(folder, INDEX_NAME)
             weight_map = _weight_map(index) if index.is_file() else {}
-            named = {os.path.realpath(os.path.join(folder, name)) for name in weight_map.values()}
-            if named.isdisjoint(opened):  # the index of other files, as of consolidated ones
+            files = sorted(set(weight_map.values()))  # a tensor each would take as long as a load
+            shards = {file: opened.get(os.path.realpath(Path(folder, file))) for file in files}
+            if not any(shards.values()):  # the index of other files, as of consolidated ones
                 continue
-            shards: dict[str, Shard | None] = {}
-            for file in sorted(set(weight_map.values())):
+            for file in files:
                 path = os.path.join(folder, file)
                 if not os.path.exists(path):
                     raise CheckpointError(path, f"it is missing; {_TWO}")
-                shards[file] = opened.get(os.path.realpath(path))
             for name, file in weight_map.items():
                 shard = shards[file]
                 if shard and name not in shard.tensors:

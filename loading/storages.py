@@ -62,6 +62,11 @@ def _tensors(models: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, torch
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has memory of its own: distributed and quantised ones may wrap others."""
-    is_lazy = tensor.is_conj() or tensor.is_neg()  # its memory alone does not tell its values
-    return tensor.layout is torch.strided and not (is_lazy or is_traceable_wrapper_subclass(tensor))
+    """Whether a tensor's own memory holds its values.
+
+    Distributed and quantised tensors may wrap others; those of conjugated or negated views are changed
+    when they are read.
+    """
+    is_changed = tensor.is_conj() or tensor.is_neg()
+    is_wrapper = is_traceable_wrapper_subclass(tensor)
+    return tensor.layout is torch.strided and not (is_changed or is_wrapper)

@@ -202,6 +202,24 @@ def test_the_end_is_told_after_the_last_byte(save: Any, open_session: Any) -> No
         assert all(torch.equal(targets[name], weights[name]) for name in weights)
 
 
+def test_a_loader_that_stops_early_has_what_it_took_once_the_end_is_told(
+    save: Any, open_session: Any
+) -> None:
+    weights = {"a": torch.rand(64, 32), "b": torch.rand(64, 32), "c": torch.rand(64, 32)}
+    targets = {name: torch.zeros(64, 32) for name in weights}
+    with open_session() as session, session.armed():
+        stream = session.guard(session.iterate(save(weights)))
+        (first, early), (second, late) = next(stream), next(stream)
+        targets[first].copy_(early)
+        session.end()
+        assert session.delivery.is_idle
+        targets[second].copy_(late)  # as engines do after their loaders returned
+        assert session.delivery.is_idle
+        session.end()
+    assert torch.equal(targets["a"], weights["a"]) and torch.equal(targets["b"], weights["b"])
+    assert not targets["c"].any()
+
+
 @pytest.mark.parametrize("collect", [list, sorted, dict], ids=lambda collect: collect.__name__)
 def test_collecting_consumers_get_their_data(
     collect: Callable[[Iterator[Any]], Any], save: Any, open_session: Any

@@ -109,8 +109,7 @@ def test_a_model_comes_back_as_it_was(model: Model, sleeper: Sleeper, device: to
     assert sleeper.release() > 0
 
 
-@pytest.mark.gpu
-def test_what_its_memory_does_not_tell_stays(sleeper: Sleeper, device: torch.device) -> None:
+def test_a_conjugated_view_stays_where_it_is(sleeper: Sleeper, device: torch.device) -> None:
     wave = torch.polar(torch.ones(3), torch.arange(3.0)).to(device)
     model = torch.nn.Linear(2, 2, device=device)
     model.register_buffer("wave", wave.conj())
@@ -120,6 +119,25 @@ def test_what_its_memory_does_not_tell_stays(sleeper: Sleeper, device: torch.dev
     assert stayed.is_conj() and torch.equal(stayed, wave.conj())
 
 
+def test_digests_are_tried_again_when_the_device_is_full(
+    model: Model, sleeper: Sleeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests_of, calls = Digests.of, []
+
+    def full_at_first(self: Digests, memory: torch.Tensor) -> torch.Tensor:
+        calls.append(memory)
+        if len(calls) == 1:
+            raise torch.cuda.OutOfMemoryError("no memory on the device")
+        return digests_of(self, memory)
+
+    before = facts(model)
+    monkeypatch.setattr(Digests, "of", full_at_first)
+    sleeper.sleep({"model": model})
+    sleeper.wake_up()
+    assert facts(model) == before
+
+
+@pytest.mark.gpu
 def test_the_memory_of_the_device_is_free_meanwhile() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here; scripts/gpu runs this on one")

@@ -48,9 +48,11 @@ def cases_of(folder: Path, *, can_reload: bool) -> list[dict[str, Any]]:
                 ]
     if can_reload:
         dense = {"model": models["qwen3"], "damaged": str(broken)}
+        asking = {"reload": second["qwen3"], "asks_for_addresses": True}
         cases += [
             {**dense, "name": "damaged reload"},
-            {**dense, "name": "next reload", "reload": second["qwen3"], "asks_for_addresses": True},
+            {**dense, **asking, "name": "next reload"},
+            {**dense, **asking, "name": "asked reload", "env": ASKED},
         ]
     dense = {"model": models["qwen3"]}
     processes = {**ASKED, "WEIGHTLIFT_READERS": "processes"}
@@ -95,11 +97,12 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
         assert runs.hashes("damaged reload") == runs.hashes("qwen3 1 stock")
         assert runs.hashes("next reload") == runs.hashes("qwen3 1 stock, reloaded")
         assert any("needs the memory of" in report["fallback_reason"] for report in runs.reports)
+        assert "asked for and cannot be had" in runs.error("asked reload")
     # Weightlift did it: each model on one rank and on two, and the three cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
     reloads = [report for report in planned_loads if report["phase"] == "update"]
     assert len(planned_loads) == 2 * 3 + 3 + (
-        2 * 3 + 2 + len(reloads) if can_reload(version) else 0
+        2 * 3 + 3 + len(reloads) if can_reload(version) else 0
     )
     assert len(reloads) == (2 * 3 if can_reload(version) else 0)
     for report in planned_loads:

@@ -18,7 +18,7 @@ import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.loading.errors import CheckpointError
+from weightlift.loading.errors import CheckpointError, WeightliftError
 from weightlift.loading.leftovers import meta_names
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, NamedWeights
@@ -80,24 +80,33 @@ def _by_plan(
                 result = wrapped(*args, **kwargs)
             session.finish(model, was_meta)
     except CheckpointError:
-        is_alone = report.bytes_needed == 0 and _ranks() == 1
-        if is_alone:  # or ranks, or modules, would be of two checkpoints, and nobody would know
-            _put_back(model)
-        state = "is as it was" if is_alone else "has no weights until a reload succeeds"
-        logger.error("weightlift: the model %s", state)
+        _leave(model, report)
         raise
     except Exception as error:  # noqa: BLE001 - told, and the engine reloads by itself
+        try:
+            report.fall_back(settings.insist(str(session.aborted or repr(error))))
+        except WeightliftError:
+            _leave(model, report)
+            raise
         _put_back(model)
-        report.fall_back(settings.insist(str(session.aborted or repr(error))))
         return wrapped(*args, **kwargs)
     if not report.tensors:
         report.fall_back(settings.insist("it has no safetensors files"))
     return result
 
 
-def _ranks() -> int:
+def _leave(model: torch.nn.Module, report: LoadReport) -> None:
+    """After an error: the weights before if this is the only rank and nothing was read, else none.
+
+    Modules, or ranks, would be of two checkpoints otherwise, and the server would go on.
+    """
     distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    is_alone = not distributed.is_initialized() or distributed.get_world_size() == 1
+    if is_alone and report.bytes_needed == 0:
+        _put_back(model)
+        logger.error("weightlift: the reload failed; the model is as it was")
+    else:
+        logger.error("weightlift: the reload failed and left the model without weights; restart it")
 
 
 def _put_back(model: torch.nn.Module) -> None:
@@ -122,7 +131,7 @@ def _record(target: str, versions: str) -> Patch:
         "leaves a model on the meta device.",
         how="The model's own `load_weights` gets lazy tensors; each module is read as the engine puts it "
         "in place. After damage that shows before a byte is read, one rank alone has its weights again; "
-        "else the model has none, as in stock, and fails until a reload succeeds.",
+        "else the model has none, as in stock.",
         upstream="Nothing of the kind is proposed.",
         drop_when="The engine's own reload reads at the speed of the hardware.",
     )

@@ -3,8 +3,9 @@
 vllm_loads.py CHECKPOINT OUT    numbers go to OUT
 
 ``DefaultModelLoader.load_weights`` into the parameters of vLLM's own model, several times, then the
-runner's ``reload_weights``, in a process of its own for each way. The page cache is warm. Needs vLLM in this Python's path (``scripts/gpu/bundle-omni``), without its compiled
-kernels: its platform is the CPU, its parameters are on the GPU.
+runner's ``reload_weights``, in a process of its own for each way. The page cache is warm. Needs vLLM in
+this Python's path (``scripts/gpu/bundle-omni``), without its compiled kernels: its platform is the CPU,
+its parameters are on the GPU.
 """
 
 # pyright: reportMissingImports=false
