@@ -131,23 +131,28 @@ def test_an_engine_stages_by_a_python_call(models: tuple[Path, Path], tmp_path: 
 
 
 BREAK = """
-import errno, os, runpy, wrapt
+import errno, os, runpy, threading, wrapt
 
 runpy.run_path(os.path.join({other!r}, "sitecustomize.py"))
 
-def fail(*_):
-    raise OSError(errno.EIO, os.strerror(errno.EIO))
+reader, preadv = threading.local(), os.preadv  # readers of other files beside go on
+
+def failing_preadv(*args):
+    if getattr(reader, "fails", False):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return preadv(*args)
+
+os.preadv = failing_preadv
 
 def break_the_disk(placement):
-    place, read = placement.HostPlacer.place, os.preadv
+    place = placement.HostPlacer.place
 
     def failing_place(self, window):
-        if os.path.exists({marker!r}) and "2-of" in window.file.path:
-            os.preadv = fail
+        reader.fails = os.path.exists({marker!r}) and "2-of" in window.file.path
         try:
             place(self, window)
         finally:
-            os.preadv = read
+            reader.fails = False
 
     placement.HostPlacer.place = failing_place
 
