@@ -7,21 +7,20 @@ from typing import Any
 
 import pytest
 from engines.diffusion_harness import NAMES
-from engines.environment import diffusion_and_sglang, diffusion_releases
+from engines.environment import diffusion_and_sglang, diffusion_releases, releases
 from engines.runs import run_cases
+from packaging.version import Version
 
 ASKED = {"WEIGHTLIFT_PARALLEL_MODULE_LOAD": "1"}
 RELEASES = [version for version in diffusion_releases() if version not in ("0.5.7", "0.5.8.post1")]
 """Those that have updates; and 0.5.10 and before need flags on a CPU."""
-SILENT = ("0.5.9", "0.5.10.post1", "0.5.11", "0.5.12.post1", "0.5.13.post1")
-"""Those that skip parameters whose names they do not translate."""
 RESIDENT = ["--text-encoder-cpu-offload", "false", "--dit-cpu-offload", "false"]
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("version", RELEASES)
-def test_an_update_is_as_stock_or_leaves_the_weights_before(
+def test_an_update_leaves_what_a_launch_does_or_the_weights_before(
     version: str, wan_pipelines: Path, tmp_path: Path
 ) -> None:
     paths = {
@@ -33,34 +32,79 @@ def test_an_update_is_as_stock_or_leaves_the_weights_before(
         {"path": paths["second"], "unreadable": "text_encoder"},
         {"path": paths["damaged"], "early": True},
     ]
-    case: dict[str, Any] = {"model": paths["first"], "flags": RESIDENT}
+    case: dict[str, Any] = {"flags": RESIDENT, "model": paths["first"]}
     cases = [
         {**case, "name": "stock", "stock": True, "updates": there_and_back},
-        {**case, "name": "ours", "env": ASKED, "updates": there_and_back},
-        {**case, "name": "failing", "env": ASKED, "updates": [*failing, *there_and_back]},
+        {**case, "name": "second", "stock": True, "model": paths["second"]},
+        {**case, "name": "ours", "env": ASKED, "updates": [*failing, *there_and_back]},
     ]
     engine = diffusion_and_sglang(version)
     runs = run_cases("diffusion_harness.py", cases, tmp_path, *engine)
-    (stock,), (ours,), (failed,) = (runs.told[name] for name in ("stock", "ours", "failing"))
+    (stock,), (second,), (ours,) = (runs.told[name] for name in ("stock", "second", "ours"))
     assert "error" not in stock, stock["trace"]
-    launched = stock["components"]
-    *failures, _, _ = failed["updates"]
+    first = stock["components"]
+    *failures, there, back = ours["updates"]
     assert [update["done"] for update in failures] == [False] * 3
     for update in failures:
-        assert update["components"] == launched, "the weights before are in place"
-    later = [update["components"] for update in failed["updates"][3:]]
-    if version in SILENT:
-        for update in (*ours["updates"], *failed["updates"][3:]):
-            assert not update["done"] and "does not translate their names" in update["message"]
-            assert update["components"] == launched
-        return
-    assert [update["done"] for update in ours["updates"]] == [True, True]
-    assert [update["components"] for update in ours["updates"]] == [
-        update["components"] for update in stock["updates"]
-    ]
-    assert later == [update["components"] for update in stock["updates"]]
-    assert stock["updates"][0]["components"] != launched
-    assert "truncated" in failed["updates"][0]["message"]
-    assert "injected" in failed["updates"][1]["message"]
+        assert update["components"] == first, "the weights before are in place"
+    assert there["done"] and back["done"], ours["updates"]
+    assert there["components"] == second["components"] != first
+    assert back["components"] == first
+    for name in ("vae", "transformer") if has_translation(version) else ("vae",):
+        assert there["components"][name] == stock["updates"][0]["components"][name]
+    assert "truncated" in failures[0]["message"]
+    assert "injected" in failures[1]["message"]
     updates = [report for report in runs.reports if report["phase"] == "update"]
-    assert [report["mode"] for report in updates] == ["weightlift"] * 7
+    assert [report["mode"] for report in updates] == ["weightlift"] * 5
+
+
+def has_translation(version: str) -> bool:
+    """Whether the release translates names of transformers in updates."""
+    return Version(version) >= Version("0.5.14")
+
+
+@pytest.mark.parametrize("version", releases("0.5.8.post1", more=["0.5.7", "0.5.17"]))
+def test_a_python_call_updates_what_has_no_update_of_its_own(
+    version: str, wan_pipelines: Path, tmp_path: Path
+) -> None:
+    first, second, damaged = (
+        str(wan_pipelines / place / NAMES["wan"]) for place in ("first", "second", "damaged")
+    )
+    failing: list[dict[str, Any]] = [
+        {"path": damaged},
+        {"path": second, "unreadable": "text_encoder"},
+        {"path": damaged, "early": True},
+        {"path": second, "modules": ["no_such_module"]},
+        {"path": str(tmp_path)},
+    ]
+    sound = [{"path": second, "modules": ["transformer"]}, {"path": second}, {"path": first}]
+    case: dict[str, Any] = {"flags": RESIDENT}
+    cases = [
+        {**case, "name": "first", "stock": True, "model": first},
+        {**case, "name": "second", "stock": True, "model": second},
+        {
+            **case,
+            "name": "ours",
+            "env": ASKED,
+            "model": first,
+            "python": True,
+            "updates": [*failing, *sound],
+        },
+    ]
+    runs = run_cases("diffusion_harness.py", cases, tmp_path, *diffusion_and_sglang(version))
+    (before,), (after,), (ours,) = (runs.told[name] for name in ("first", "second", "ours"))
+    assert "error" not in ours, ours["trace"]
+    *failures, one, both, back = ours["updates"]
+    assert [update["done"] for update in failures] == [False] * len(failing)
+    for update in failures:
+        assert update["components"] == before["components"], "the weights before are in place"
+    messages = [update["message"] for update in ours["updates"]]
+    assert all(update["done"] for update in (one, both, back)), messages
+    for name, component in one["components"].items():
+        launched = after if name == "transformer" else before
+        assert component == launched["components"][name]
+    assert both["components"] == after["components"] != before["components"]
+    assert back["components"] == before["components"]
+    assert "truncated" in failures[0]["message"] and "injected" in failures[1]["message"]
+    assert "no_such_module" in failures[3]["message"]
+    assert "no safetensors files" in failures[4]["message"] or version == "0.5.17"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
 from weightlift.patches.sglang_diffusion.components import rank
+from weightlift.patches.sglang_diffusion.modules import loads_itself, offload_managers, take
 from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
 from weightlift.patches.shadow import shadowed
 
@@ -112,35 +113,21 @@ def _leave_alone(original: Callable[..., Any], updated_modules: list[str]) -> No
 def _load_into_module(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Refuse an update that would leave parameters of a module as they were, in silence."""
-    if not context_of("sglang").settings().parallel_module_load:
-        return wrapped(*args, **kwargs)
+    """Have a module take weights as at launch where the engine's way leaves some as they were."""
     module, weights = args
-    return wrapped(module, _complete(module, weights))
-
-
-def _complete(
-    module: torch.nn.Module, weights: Iterator[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights.
-
-    Raises:
-        ValueError: They end, and a parameter of the module had none of its name.
-    """
-    missing = {name for name, _ in module.named_parameters()}
-    for name, weight in weights:
-        missing.discard(name)
-        yield name, weight
-    if missing:
-        problem = (
-            f"the checkpoint has nothing for {min(missing)} and {len(missing) - 1} more of the "
-            f"parameters: this release of SGLang does not translate their names. Update with "
-            "SGLang 0.5.14 or newer, or restart with the new checkpoint"
-        )
+    is_ours = context_of("sglang").settings().parallel_module_load
+    if not is_ours or is_sharded(module) or offload_managers(module):
+        return wrapped(*args, **kwargs)
+    if "_iter_module_weight_updates" in wrapped.__globals__ and not loads_itself(module):
+        return wrapped(*args, **kwargs)  # from 0.5.14 on it translates names
+    try:
+        with torch.no_grad():
+            return take(module, weights)
+    except ValueError as error:
         session = active_session()
         if session is not None:
-            session.report.plan_note = problem
-        raise ValueError(problem)
+            session.report.plan_note = str(error)
+        raise
 
 
 def _records(module: str, versions: str) -> Patch:
@@ -161,15 +148,19 @@ def _records(module: str, versions: str) -> Patch:
 PATCHES: tuple[Patch, ...] = (
     _records(_OLD, ">=0.5.9,<0.5.14"),
     _records(_NEW, ">=0.5.14,<0.5.24"),
-    Patch(
-        target=f"{_OLD}:_load_weights_into_module",
-        versions=">=0.5.9,<0.5.14",
-        wrapper=_load_into_module,
-        parameters=("module", "weights_iter"),
-        why="Tensors whose names the model does not have are skipped in silence, and names are not "
-        "translated as at launch: most of a transformer stays as it was, and success is reported.",
-        how="With `--enable-parallel-module-load` that is an error, before anything is written.",
-        upstream="From 0.5.14 on names are translated, and what is skipped is logged.",
-        drop_when="Releases before 0.5.14 are not supported any more.",
+    *(
+        Patch(
+            target=f"{module}:_load_weights_into_module",
+            versions=versions,
+            wrapper=_load_into_module,
+            parameters=("module", "weights_iter"),
+            why="Tensors are skipped, and success is reported: fused parameters of text encoders stay "
+            "as they were, and up to 0.5.13 most of a transformer, whose names are not translated.",
+            how="With `--enable-parallel-module-load` such modules take weights as they do at launch. A "
+            "parameter without a tensor is an error, before anything is written.",
+            upstream="From 0.5.14 on names are translated, and what is skipped is logged.",
+            drop_when="Updates fill all that a launch fills.",
+        )
+        for module, versions in ((_OLD, ">=0.5.9,<0.5.14"), (_NEW, ">=0.5.14,<0.5.24"))
     ),
 )

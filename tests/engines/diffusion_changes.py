@@ -2,6 +2,7 @@
 
 Of a case:
 
+python     true for updates by weightlift's Python call
 updates    a list of: path; modules, if not all; unreadable, a component whose files cannot be read;
            early, true to write while the update is still planned
 sleeps     a list of: update, a path to update from before; fails, true for a host without memory. After
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from engines.forked import state_hash
+from weightlift import diffusion
 
 
 def components_of(pipeline: Any) -> dict[str, Any]:
@@ -52,26 +54,29 @@ def updater_of(pipeline: Any) -> Any:
 
 def updated(pipeline: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
     """What the engine says of each update of a case, and what the components hold then."""
-    updater = updater_of(pipeline)
+    if case.get("python"):
+        update_from = functools.partial(diffusion.update_weights_from_disk, pipeline)
+    else:
+        update_from = updater_of(pipeline).update_weights_from_disk
     told = []
     for update in case["updates"]:
-        with unreadable(update.get("unreadable", "")), written_early(update.get("early")):
-            done, message = updater.update_weights_from_disk(
-                update["path"], target_modules=update.get("modules")
-            )
+        chosen = {"modules" if case.get("python") else "target_modules": update.get("modules")}
+        folder = f"{update['path']}/{update['unreadable']}/" if "unreadable" in update else ""
+        with unreadable(folder), written_early(update.get("early")):
+            done, message = update_from(update["path"], **chosen)
         told.append({"done": done, "message": message, "components": components_of(pipeline)})
     return told
 
 
 @contextlib.contextmanager
-def unreadable(component: str) -> Iterator[None]:
-    """Within this, weightlift's readers fail at the files of a component."""
+def unreadable(folder: str) -> Iterator[None]:
+    """Within this, weightlift's readers fail at the files of a folder."""
     from weightlift.loading.files import ShardFile
 
     read = ShardFile.read_into
 
     def fail(file: ShardFile, offset: int, *args: Any, **kwargs: Any) -> None:
-        if component and f"/{component}/" in file.path and offset > 1000:
+        if folder and file.path.startswith(folder) and offset > 1000:
             raise OSError(5, "injected", file.path)
         read(file, offset, *args, **kwargs)
 

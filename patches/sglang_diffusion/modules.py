@@ -1,0 +1,85 @@
+"""How the modules of a pipeline take weights when they are launched, for updates that do it otherwise."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+
+from weightlift.loading.session import NamedWeights
+
+_NAMES = "sglang.multimodal_gen.runtime.loader.utils"
+_MADE_AT_LAUNCH = "gate_compress"
+"""Parameters that the engine makes itself where a checkpoint has none."""
+
+
+def loads_itself(module: torch.nn.Module) -> bool:
+    """Whether it has a loader of its own that knows its fused parameters: text encoders do."""
+    return hasattr(module, "load_weights") and getattr(module, "param_names_mapping", None) is None
+
+
+def offload_managers(module: torch.nn.Module) -> list[Any]:
+    """What keeps a module's layers on the host."""
+    managers = getattr(module, "layerwise_offload_managers", None) or ()
+    return [manager for manager in managers if manager.enabled]
+
+
+def take(module: torch.nn.Module, weights: NamedWeights) -> None:
+    """Fill a module in place as it is filled at launch: names are translated, and fused ones found.
+
+    Args:
+        module: Loaded, its parameters whole and where they are used.
+        weights: The tensors of a checkpoint.
+
+    Raises:
+        ValueError: Shapes differ, or a parameter has no tensor or a tensor no parameter.
+    """
+    if loads_itself(module):
+        filled = set(module.load_weights(weights))  # type: ignore[operator]
+        lacking = _unfilled(module, filled)
+    else:
+        named = _translated(module, weights)
+        filled = _assign(module, named)
+        # Components of other libraries may have parameters that no checkpoint holds.
+        is_the_engines = type(module).__module__.startswith("sglang.")
+        lacking = _unfilled(module, filled) if is_the_engines else named.keys() - filled
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        model = type(module).__name__
+        raise ValueError(
+            f"{min(lacking)}{more} of {model}: not in the checkpoint and the model both"
+        )
+
+
+def _unfilled(module: torch.nn.Module, filled: set[str]) -> set[str]:
+    names = {name for name, _ in module.named_parameters()} - filled
+    return {name for name in names if _MADE_AT_LAUNCH not in name}
+
+
+def _translated(module: torch.nn.Module, weights: NamedWeights) -> dict[str, torch.Tensor]:
+    """By the names that the model has for them; parts of one are joined."""
+    names = importlib.import_module(_NAMES)
+    translate = names.get_param_names_mapping(getattr(module, "param_names_mapping", None) or {})
+    more: dict[str, Any] = {}
+    if "valid_target_names" in inspect.signature(names.hf_to_custom_state_dict).parameters:
+        more["valid_target_names"] = set(module.state_dict())  # from 0.5.10 on
+    named: dict[str, torch.Tensor] = names.hf_to_custom_state_dict(weights, translate, **more)[0]
+    return named
+
+
+def _assign(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> set[str]:
+    """Copy tensors to the parameters and buffers of their names; returns the names."""
+    targets = module.state_dict(keep_vars=True)
+    for name in weights.keys() & targets.keys():
+        target, weight = targets[name], weights[name]
+        load = getattr(target, "weight_loader", None)
+        if load is not None:
+            load(target, weight.to(target.dtype))
+        elif target.shape != weight.shape:
+            shapes = f"{tuple(weight.shape)} in the checkpoint, {tuple(target.shape)} in the model"
+            raise ValueError(f"{name} of {type(module).__name__}: {shapes}")
+        else:
+            target.data.copy_(weight)
+    return weights.keys() & targets.keys()

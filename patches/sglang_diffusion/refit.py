@@ -1,0 +1,131 @@
+"""Updates of pipelines of 0.5.7 and 0.5.8, which have no ``update_weights_from_disk`` of their own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.specifiers import SpecifierSet
+
+from weightlift.compat.context import context_of
+from weightlift.loading.errors import WeightliftError
+from weightlift.loading.read_ahead import shards_in
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession
+from weightlift.patches import SGLANG_DIFFUSION
+from weightlift.patches.sglang_diffusion.components import rank
+from weightlift.patches.sglang_diffusion.modules import offload_managers, take
+from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
+
+logger = logging.getLogger("weightlift")
+
+Modules = dict[str, torch.nn.Module]
+
+
+def update(pipeline: Any, path: Path, names: Iterable[str] | None) -> tuple[bool, str]:
+    """Update modules in place, each as its weights came at launch: all of them, or none.
+
+    Args:
+        pipeline: The engine's, loaded.
+        path: The checkpoint, with a folder for each module.
+        names: Of the modules; None for all.
+
+    Returns:
+        Whether it was done, and what to say of it.
+
+    Raises:
+        WeightliftError: Reading failed half way, and the weights before cannot be read again; or this
+            is a release before 0.5.7, or weightlift is off.
+    """
+    _check_release()
+    items = pipeline.modules.items()
+    modules: Modules = {name: item for name, item in items if isinstance(item, torch.nn.Module)}
+    wanted = list(modules) if names is None else list(names)
+    problem = _obstacle(path, modules, wanted)
+    if problem:
+        return False, f"{problem}. The weights before are in place."
+    chosen = {name: modules[name] for name in wanted}
+    failure, was_written = _apply(path, chosen)
+    if failure is not None:
+        if was_written:
+            _roll_back(pipeline, chosen, failure)
+        return False, f"the update failed: {failure}. The weights before are in place."
+    pipeline.model_path = str(path)
+    for module in chosen.values():
+        if hasattr(module, "reset_teacache_state"):
+            module.reset_teacache_state()  # type: ignore[operator]
+    return True, f"{len(chosen)} modules are updated: {', '.join(chosen)}."
+
+
+def _check_release() -> None:
+    try:
+        version = context_of("sglang").engine.version
+    except KeyError:
+        raise WeightliftError(
+            "weightlift is off in this process: WEIGHTLIFT=1, and import sglang before the update"
+        ) from None
+    if version not in SpecifierSet(SGLANG_DIFFUSION, prereleases=True):
+        raise WeightliftError(
+            f"pipelines of SGLang Diffusion {version} cannot be updated: upgrade to 0.5.7 or newer"
+        )
+
+
+def _obstacle(path: Path, modules: Modules, wanted: Iterable[str]) -> str:
+    """Why these modules cannot be updated from there, or ''."""
+    for name in wanted:
+        if name not in modules:
+            return f"there is no module {name!r}, but {', '.join(sorted(modules))}"
+        if not shards_in(path / name):
+            return f"{path / name} has no safetensors files for {name}"
+        if is_sharded(modules[name]):
+            return f"{name}: {SHARDED}; start with --text-encoder-cpu-offload false"
+        if offload_managers(modules[name]):
+            return f"{name} is on the host layer by layer; start with --dit-layerwise-offload false"
+    return ""
+
+
+def _apply(path: Path, modules: Modules) -> tuple[Exception | None, bool]:
+    """Plan all, then write; returns what failed, if something did, and whether anything was written."""
+    context = context_of("sglang")
+    settings = context.settings()
+    report = LoadReport(
+        engine="sglang",
+        version=context.engine.version,
+        phase="update",
+        model_path=str(path),
+        rank=rank(),
+        architecture=", ".join(type(module).__name__ for module in modules.values()),
+    )
+    # Nothing is written before the first flush: what is wrong with any module is found before that.
+    session = LoadSession(settings, report, before_write=lambda: None, all_wait=True)
+    failure = None
+    try:
+        with session:
+            with session.armed(), torch.no_grad():
+                for name, module in modules.items():
+                    take(module, session.iterate(map(str, shards_in(path / name))))
+            session.finish(torch.nn.ModuleList(modules.values()))
+    except Exception as error:  # noqa: BLE001 - told to the caller, as later releases do
+        failure = error
+        report.plan_note = str(error)
+        logger.error("weightlift: an update from %s failed: %s", path, error)
+    report.finish(settings)
+    return failure, not session.delivery.is_gated
+
+
+def _roll_back(pipeline: Any, modules: Modules, failure: Exception) -> None:
+    """Read the weights before again.
+
+    Raises:
+        WeightliftError: They cannot be read.
+    """
+    path = Path(pipeline.model_path)
+    again, _ = _apply(path, modules)
+    if again is not None:
+        raise WeightliftError(
+            f"the update failed ({failure}), and so did reading {path} again ({again}): the pipeline "
+            "holds parts of two checkpoints. Update it from a whole one, or restart it."
+        ) from failure
