@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ pytestmark = pytest.mark.engine
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of each kind, a wide one and a damaged one."""
     folder = tmp_path_factory.mktemp("pipelines")
-    newest = omni_and_vllm("0.30.0")
     whole = ["qwen", folder / "whole/Qwen-Image", 1, 64]
     run_harness("diffusion_checkpoints.py", whole, *diffusion_and_sglang("0.5.23"))
-    for kind, name, *width in (
-        ("qwenimage", "qwenimage"),
-        ("wan", "wan"),
+    made: list[object] = []
+    for kind, name, width in (
+        ("qwenimage", "qwenimage", 96),
+        ("wan", "wan", 96),
         ("wan", "wide", WIDTH),
-        ("qwenimage", "broken"),
     ):
-        run_harness("omni_harness.py", ["make", kind, folder / name, 1, *width], *newest)
+        made += [kind, folder / name, 1, width]
+    run_harness("omni_harness.py", ["make", *made], *omni_and_vllm("0.30.0"))
+    shutil.copytree(folder / "qwenimage", folder / "broken")
     shard = max((folder / "broken/transformer").glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 100)
     return folder

@@ -50,7 +50,7 @@ def version(request: pytest.FixtureRequest) -> str:
 def run(version: str, folder: Path) -> tuple[Runs, Path]:
     """All cases in one release, and the model they name."""
     model = folder / "model"
-    run_harness("omni_harness.py", ["make", "qwenimage", model, 1], *omni_and_vllm("0.30.0"))
+    run_harness("omni_harness.py", ["make", "qwenimage", model, 1, 96], *omni_and_vllm("0.30.0"))
     cases: list[dict[str, Any]] = []
     for engine in ("vllm", "omni"):
         case = {"omni": engine == "omni"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
 logger = logging.getLogger("weightlift")
 
 Modules = dict[str, torch.nn.Module]
+
+_origins: weakref.WeakKeyDictionary[torch.nn.Module, Path] = weakref.WeakKeyDictionary()
+"""Where the weights of modules that were updated came from; of others, from the pipeline's path."""
 
 
 def update(pipeline: Any, path: Path, names: Iterable[str] | None) -> tuple[bool, str]:
@@ -48,13 +52,14 @@ def update(pipeline: Any, path: Path, names: Iterable[str] | None) -> tuple[bool
     if problem:
         return False, f"{problem}. The weights before are in place."
     chosen = {name: modules[name] for name in wanted}
-    failure, was_written = _apply(path, chosen)
+    folders = {name: path / name for name in wanted}
+    failure, was_written = _apply(chosen, folders)
     if failure is not None:
         if was_written:
             _roll_back(pipeline, chosen, failure)
         return False, f"the update failed: {failure}. The weights before are in place."
-    pipeline.model_path = str(path)
-    for module in chosen.values():
+    for name, module in chosen.items():
+        _origins[module] = folders[name]
         if hasattr(module, "reset_teacache_state"):
             module.reset_teacache_state()  # type: ignore[operator]
     return True, f"{len(chosen)} modules are updated: {', '.join(chosen)}."
@@ -87,7 +92,7 @@ def _obstacle(path: Path, modules: Modules, wanted: Iterable[str]) -> str:
     return ""
 
 
-def _apply(path: Path, modules: Modules) -> tuple[Exception | None, bool]:
+def _apply(modules: Modules, folders: dict[str, Path]) -> tuple[Exception | None, bool]:
     """Plan all, then write; returns what failed, if something did, and whether anything was written."""
     context = context_of("sglang")
     settings = context.settings()
@@ -95,7 +100,7 @@ def _apply(path: Path, modules: Modules) -> tuple[Exception | None, bool]:
         engine="sglang",
         version=context.engine.version,
         phase="update",
-        model_path=str(path),
+        model_path=", ".join(sorted({str(folder.parent) for folder in folders.values()})),
         rank=rank(),
         architecture=", ".join(type(module).__name__ for module in modules.values()),
     )
@@ -106,12 +111,12 @@ def _apply(path: Path, modules: Modules) -> tuple[Exception | None, bool]:
         with session:
             with session.armed(), torch.no_grad():
                 for name, module in modules.items():
-                    take(module, session.iterate(map(str, shards_in(path / name))))
+                    take(module, session.iterate(map(str, shards_in(folders[name]))))
             session.finish(torch.nn.ModuleList(modules.values()))
     except Exception as error:  # noqa: BLE001 - told to the caller, as later releases do
         failure = error
         report.plan_note = str(error)
-        logger.error("weightlift: an update from %s failed: %s", path, error)
+        logger.error("weightlift: an update from %s failed: %s", report.model_path, error)
     report.finish(settings)
     return failure, not session.delivery.is_gated
 
@@ -122,10 +127,13 @@ def _roll_back(pipeline: Any, modules: Modules, failure: Exception) -> None:
     Raises:
         WeightliftError: They cannot be read.
     """
-    path = Path(pipeline.model_path)
-    again, _ = _apply(path, modules)
+    folders = {
+        name: _origins.get(module, Path(pipeline.model_path) / name)
+        for name, module in modules.items()
+    }
+    again, _ = _apply(modules, folders)
     if again is not None:
         raise WeightliftError(
-            f"the update failed ({failure}), and so did reading {path} again ({again}): the pipeline "
-            "holds parts of two checkpoints. Update it from a whole one, or restart it."
+            f"the update failed ({failure}), and so did reading the weights before ({again}): the "
+            "pipeline holds parts of two checkpoints. Update it from a whole one, or restart it."
         ) from failure

@@ -1,6 +1,6 @@
 """Loads diffusion transformers with the real vLLM-Omni of this process's path.
 
-omni_harness.py make qwenimage|wan FOLDER SEED [WIDTH]    a random checkpoint in diffusers' layout
+omni_harness.py make [qwenimage|wan FOLDER SEED WIDTH]...    random checkpoints in diffusers' layout
 omni_harness.py CASES.json                                see ``engines.forked``
 
 vLLM-Omni's own transformers and ``DiffusersPipelineLoader`` in a pipeline without encoders. A case has
@@ -57,7 +57,7 @@ PARALLEL = {
 COMPONENTS = {"qwenimage": ("transformer",), "wan": ("transformer", "transformer_2")}
 
 
-def make(kind: str, folder: Path, seed: int, width: int = 96) -> None:
+def make(kind: str, folder: Path, seed: int, width: int) -> None:
     """Write the components; Wan's in float32, as it is published, its inner layers ``width`` wide."""
     import diffusers
 
@@ -234,6 +234,7 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "make":
-        make(sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))
+        for kind, folder, seed, width in zip(*[iter(sys.argv[2:])] * 4, strict=True):
+            make(kind, Path(folder), int(seed), int(width))
     else:
         main(sys.argv[1])
