@@ -54,6 +54,12 @@ def cases_of(folder: Path, *, can_reload: bool) -> list[dict[str, Any]]:
             {**dense, **asking, "name": "next reload"},
             {**dense, **asking, "name": "asked reload", "env": ASKED},
         ]
+        sound = {"model": models["qwen3"], "reload": second["qwen3"]}
+        cases += [
+            {**sound, "name": "half way", "fault": (2, "damage", 0)},
+            {**sound, "name": "a bug half way", "fault": (2, "bug", 0)},
+            {**sound, "name": "one of two ranks", "tp": 2, "fault": (0, "damage", 1)},
+        ]
     dense = {"model": models["qwen3"]}
     processes = {**ASKED, "WEIGHTLIFT_READERS": "processes"}
     eager = {"safetensors_load_strategy": "eager"}
@@ -98,13 +104,18 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
         assert runs.hashes("next reload") == runs.hashes("qwen3 1 stock, reloaded")
         assert any("needs the memory of" in report["fallback_reason"] for report in runs.reports)
         assert "asked for and cannot be had" in runs.error("asked reload")
+        # Half way, or on one of several ranks, it leaves no weights rather than those of two checkpoints.
+        (half_way,) = runs.told["half way"]
+        assert half_way["absent"] > 0
+        absent = {told["rank"]: told.get("absent", 0) for told in runs.told["one of two ranks"]}
+        assert absent[0] == 0 < absent[1]
+        assert runs.hashes("a bug half way") == runs.hashes("qwen3 1 stock, reloaded")
     # Weightlift did it: each model on one rank and on two, and the three cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
     reloads = [report for report in planned_loads if report["phase"] == "update"]
-    assert len(planned_loads) == 2 * 3 + 3 + (
-        2 * 3 + 3 + len(reloads) if can_reload(version) else 0
-    )
-    assert len(reloads) == (2 * 3 if can_reload(version) else 0)
+    launches = len(planned_loads) - len(reloads)
+    assert launches == 2 * 3 + 3 + (2 * 3 + 3 + 4 if can_reload(version) else 0)
+    assert len(reloads) == (2 * 3 + 1 if can_reload(version) else 0)
     for report in planned_loads:
         assert report["engine"] == "vllm"
         assert report["planned"] > 0 and report["threads"] > 0 and not report["fallback_reason"]

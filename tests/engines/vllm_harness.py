@@ -5,16 +5,21 @@ vllm_harness.py CASES.json    see ``engines.forked``
 vLLM's own model classes and ``DefaultModelLoader``, without the engine around them. A case has besides:
 model, then if wanted options (of ``EngineArgs``), collect=true for a model whose loader collects the
 whole stream, as thinkers do, and reload, a path that the runner's own ``reload_weights`` loads then:
-after ``damaged``, a path that it must fail to load, and with ``asks_for_addresses`` of each weight.
+after ``damaged``, a path that it must fail to load, and with ``asks_for_addresses`` of each weight. With
+fault, reads of the reload fail: after how many, as what (``damage``, or ``bug`` of a reader), and on which
+rank.
 """
 
 # pyright: reportMissingImports=false
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,7 +65,15 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         if case.get("asks_for_addresses"):
             ask_for_addresses(model)
         if case.get("reload"):
-            reload_weights(config, model, case["reload"])
+            after, kind, where = case.get("fault", (0, "", -1))
+            try:
+                with failing_reads(after, kind if rank == where else ""):
+                    reload_weights(config, model, case["reload"])
+            except Exception as error:
+                if kind != "damage" or "injected" not in str(error):
+                    raise
+                absent = [name for name, item in model.named_parameters() if item.is_meta]
+                return {"absent": len(absent)}
         return {"hash": state_hash(model), "parameters": len(list(model.parameters()))}
 
 
@@ -91,6 +104,28 @@ def fail_to_reload(config: Any, model: torch.nn.Module, path: str) -> None:
         assert "truncated" in str(error), error
     else:
         raise AssertionError("a damaged checkpoint was loaded")
+
+
+@contextlib.contextmanager
+def failing_reads(after: int, kind: str) -> Iterator[None]:
+    """Within this, weightlift's reads of data fail, but for the first ones."""
+    from weightlift.loading.errors import CheckpointError
+    from weightlift.loading.files import ShardFile
+
+    read, reads = ShardFile.read_into, itertools.count()
+
+    def fail(file: ShardFile, offset: int, *args: Any, **kwargs: Any) -> None:
+        if kind and offset > 4096 and next(reads) >= after:
+            raise (
+                CheckpointError(file.path, "injected") if kind == "damage" else OSError("injected")
+            )
+        read(file, offset, *args, **kwargs)
+
+    ShardFile.read_into = fail  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ShardFile.read_into = read  # type: ignore[method-assign]
 
 
 def ask_for_addresses(model: Any) -> None:
