@@ -11,19 +11,39 @@ import torch
 from weightlift.loading.session import NamedWeights
 
 _NAMES = "sglang.multimodal_gen.runtime.loader.utils"
-_MADE_AT_LAUNCH = "gate_compress"
-"""Parameters that the engine makes itself where a checkpoint has none."""
+_MADE_AT_LAUNCH = (
+    *("gate_compress", "wcscales", "wtscale", "bias", "input_scale", "weight_scale"),
+    *("norm_q", "norm_k"),
+)
+"""Parts of names of parameters that launches up to 0.5.13 make where a checkpoint has none."""
 
 
 def loads_itself(module: torch.nn.Module) -> bool:
-    """Whether it has a loader of its own that knows its fused parameters: text encoders do."""
-    return hasattr(module, "load_weights") and getattr(module, "param_names_mapping", None) is None
+    """Whether a launch has it load by itself: the engine's encoders, which know their fused parameters.
+
+    Those that ranks have taken apart in groups of their own do not count.
+    """
+    is_encoder = ".models.encoders." in type(module).__module__
+    group: Any = getattr(module, "_encoder_tp_group", None)  # from 0.5.18 on
+    is_whole = group is None or group.world_size == 1
+    return is_encoder and hasattr(module, "load_weights") and is_whole
 
 
 def offload_managers(module: torch.nn.Module) -> list[Any]:
     """What keeps a module's layers on the host."""
     managers = getattr(module, "layerwise_offload_managers", None) or ()
     return [manager for manager in managers if manager.enabled]
+
+
+def complete(module: torch.nn.Module, weights: NamedWeights) -> NamedWeights:
+    """The tensors of a checkpoint by the names that a module has for them.
+
+    Raises:
+        ValueError: A parameter has none.
+    """
+    named = _translated(module, weights)
+    _refuse(_unfilled(module, set(named)), module)
+    return iter(named.items())
 
 
 def take(module: torch.nn.Module, weights: NamedWeights) -> None:
@@ -45,6 +65,10 @@ def take(module: torch.nn.Module, weights: NamedWeights) -> None:
         # Components of other libraries may have parameters that no checkpoint holds.
         is_the_engines = type(module).__module__.startswith("sglang.")
         lacking = _unfilled(module, filled) if is_the_engines else named.keys() - filled
+    _refuse(lacking, module)
+
+
+def _refuse(lacking: set[str], module: torch.nn.Module) -> None:
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         model = type(module).__name__
@@ -55,7 +79,7 @@ def take(module: torch.nn.Module, weights: NamedWeights) -> None:
 
 def _unfilled(module: torch.nn.Module, filled: set[str]) -> set[str]:
     names = {name for name, _ in module.named_parameters()} - filled
-    return {name for name in names if _MADE_AT_LAUNCH not in name}
+    return {name for name in names if not any(part in name for part in _MADE_AT_LAUNCH)}
 
 
 def _translated(module: torch.nn.Module, weights: NamedWeights) -> dict[str, torch.Tensor]:

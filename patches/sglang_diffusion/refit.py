@@ -127,8 +127,9 @@ def _roll_back(pipeline: Any, modules: Modules, failure: Exception) -> None:
     Raises:
         WeightliftError: They cannot be read.
     """
+    launched = getattr(getattr(pipeline, "server_args", None), "model_paths", {})
     folders = {
-        name: _origins.get(module, Path(pipeline.model_path) / name)
+        name: _origins.get(module) or Path(launched.get(name) or Path(pipeline.model_path, name))
         for name, module in modules.items()
     }
     again, _ = _apply(modules, folders)

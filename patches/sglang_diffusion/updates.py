@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,11 +16,19 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
 from weightlift.patches.sglang_diffusion.components import rank
-from weightlift.patches.sglang_diffusion.modules import loads_itself, offload_managers, take
+from weightlift.patches.sglang_diffusion.modules import (
+    complete,
+    loads_itself,
+    offload_managers,
+    take,
+)
 from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
 from weightlift.patches.shadow import shadowed
 
 logger = logging.getLogger("weightlift")
+
+_is_updating: ContextVar[bool] = ContextVar("is_updating", default=False)
+"""Whether weightlift updates from disk now; updates from tensors may be of a part of a module."""
 
 _OLD = "sglang.multimodal_gen.runtime.loader.weights_updater"
 _NEW = "sglang.multimodal_gen.runtime.post_training.weights_updater"
@@ -47,7 +56,11 @@ def _apply_weights(
         report.fall_back(SHARDED)
         result: tuple[bool, str] = wrapped(*args, **kwargs)
     else:
-        result = _Update(wrapped, args, kwargs).run(instance, modules, settings, report)
+        before = _is_updating.set(True)
+        try:
+            result = _Update(wrapped, args, kwargs).run(instance, modules, settings, report)
+        finally:
+            _is_updating.reset(before)
     if not result[0]:
         report.plan_note = result[1]
     report.finish(settings)
@@ -113,20 +126,32 @@ def _leave_alone(original: Callable[..., Any], updated_modules: list[str]) -> No
 def _load_into_module(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Have a module take weights as at launch where the engine's way leaves some as they were."""
+    """In an update from disk, have a module take weights as at launch where the engine skips some."""
     module, weights = args
-    is_ours = context_of("sglang").settings().parallel_module_load
-    if not is_ours or is_sharded(module) or offload_managers(module):
+    if not _is_updating.get():
         return wrapped(*args, **kwargs)
-    if "_iter_module_weight_updates" in wrapped.__globals__ and not loads_itself(module):
-        return wrapped(*args, **kwargs)  # from 0.5.14 on it translates names
+    translates = "_iter_module_weight_updates" in wrapped.__globals__  # from 0.5.14 on
+    is_offloaded = bool(offload_managers(module))
+    if translates and (is_offloaded or not loads_itself(module)):
+        return wrapped(*args, **kwargs)
+    restore = wrapped.__globals__.get("restore_weight_snapshot")  # from 0.5.20 on
+    # Parameters that were moved while the pipeline ran may be written to in no other mode.
+    is_inference = any(parameter.is_inference() for parameter in module.parameters())
     try:
-        with torch.no_grad():
+        with torch.inference_mode() if is_inference else torch.no_grad():
+            if is_offloaded:
+                return wrapped(module, complete(module, weights))
+            if restore is not None:
+                restore(module)
             return take(module, weights)
-    except ValueError as error:
+    except (
+        AssertionError,
+        KeyError,
+        ValueError,
+    ) as error:  # what loaders say of a wrong checkpoint
         session = active_session()
         if session is not None:
-            session.report.plan_note = str(error)
+            session.report.plan_note = repr(error)
         raise
 
 
