@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def take(module: torch.nn.Module, weights: NamedWeights) -> None:
     """
     if loads_itself(module):
         filled = set(module.load_weights(weights))  # type: ignore[operator]
-        lacking = _unfilled(module, filled)
+        lacking = _unfilled(module, filled, ())  # as strict as the launch
     else:
         named = _translated(module, weights)
         filled = _assign(module, named)
@@ -77,9 +78,11 @@ def _refuse(lacking: set[str], module: torch.nn.Module) -> None:
         )
 
 
-def _unfilled(module: torch.nn.Module, filled: set[str]) -> set[str]:
+def _unfilled(
+    module: torch.nn.Module, filled: set[str], tolerated: Iterable[str] = _MADE_AT_LAUNCH
+) -> set[str]:
     names = {name for name, _ in module.named_parameters()} - filled
-    return {name for name in names if not any(part in name for part in _MADE_AT_LAUNCH)}
+    return {name for name in names if not any(part in name for part in tolerated)}
 
 
 def _translated(module: torch.nn.Module, weights: NamedWeights) -> dict[str, torch.Tensor]:
