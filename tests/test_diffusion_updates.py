@@ -58,6 +58,27 @@ def test_an_update_leaves_what_a_launch_does_or_the_weights_before(
     assert [report["mode"] for report in updates] == ["weightlift"] * 5
 
 
+@pytest.mark.parametrize("version", releases("0.5.11", more=["0.5.9", "0.5.13.post1"]))
+def test_what_the_engine_updates_by_itself_has_its_names_translated(
+    version: str, wan_pipelines: Path, tmp_path: Path
+) -> None:
+    first, second = (str(wan_pipelines / place / NAMES["wan"]) for place in ("first", "second"))
+    updates = [{"path": second}, {"path": second, "modules": ["transformer"]}]
+    case: dict[str, Any] = {"flags": RESIDENT, "name": "ours", "env": ASKED, "model": first}
+    cases = [
+        {**case, "sharded": True, "updates": updates},
+        {**case, "name": "second", "stock": True, "model": second},
+    ]
+    runs = run_cases("diffusion_harness.py", cases, tmp_path, *diffusion_and_sglang(version))
+    (ours,), (launched,) = runs.told["ours"], runs.told["second"]
+    whole, transformer = ours["updates"]
+    assert not whole["done"] and "skips its fused parameters" in whole["message"]
+    assert whole["components"] == ours["components"], "the weights before are in place"
+    assert transformer["done"], transformer["message"]
+    after = launched["components"]["transformer"]
+    assert transformer["components"]["transformer"] == after != ours["components"]["transformer"]
+
+
 def has_translation(version: str) -> bool:
     """Whether the release translates names of transformers in updates."""
     return Version(version) >= Version("0.5.14")

@@ -110,7 +110,7 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
         absent = {told["rank"]: told.get("absent", 0) for told in runs.told["one of two ranks"]}
         assert absent[0] == 0 < absent[1]
         assert runs.hashes("a bug half way") == runs.hashes("qwen3 1 stock, reloaded")
-    # Weightlift did it: each model on one rank and on two, and the three cases more that load.
+    # Weightlift did it: each model on one rank and on two, and the cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
     reloads = [report for report in planned_loads if report["phase"] == "update"]
     launches = len(planned_loads) - len(reloads)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from weightlift.loading.session import NamedWeights
+from weightlift.patches.sglang_diffusion.weights import is_sharded
 
 _NAMES = "sglang.multimodal_gen.runtime.loader.utils"
 _MADE_AT_LAUNCH = (
@@ -30,10 +31,10 @@ def loads_itself(module: torch.nn.Module) -> bool:
     return is_encoder and hasattr(module, "load_weights") and is_whole
 
 
-def offload_managers(module: torch.nn.Module) -> list[Any]:
-    """What keeps a module's layers on the host."""
+def is_apart(module: torch.nn.Module) -> bool:
+    """Whether its parameters are not whole and where they are used: sharded, or layers on the host."""
     managers = getattr(module, "layerwise_offload_managers", None) or ()
-    return [manager for manager in managers if manager.enabled]
+    return is_sharded(module) or any(manager.enabled for manager in managers)
 
 
 def complete(module: torch.nn.Module, weights: NamedWeights) -> NamedWeights:
@@ -43,7 +44,7 @@ def complete(module: torch.nn.Module, weights: NamedWeights) -> NamedWeights:
         ValueError: A parameter has none.
     """
     named = _translated(module, weights)
-    _refuse(_unfilled(module, set(named)), module)
+    _refuse_unfilled(module, set(named), _MADE_AT_LAUNCH)
     return iter(named.items())
 
 
@@ -59,30 +60,27 @@ def take(module: torch.nn.Module, weights: NamedWeights) -> None:
     """
     if loads_itself(module):
         filled = set(module.load_weights(weights))  # type: ignore[operator]
-        lacking = _unfilled(module, filled, ())  # as strict as the launch
-    else:
-        named = _translated(module, weights)
-        filled = _assign(module, named)
-        # Components of other libraries may have parameters that no checkpoint holds.
-        is_the_engines = type(module).__module__.startswith("sglang.")
-        lacking = _unfilled(module, filled) if is_the_engines else named.keys() - filled
-    _refuse(lacking, module)
+        _refuse_unfilled(module, filled, ())  # as strict as the launch
+        return
+    named = _translated(module, weights)
+    filled = _assign(module, named)
+    if type(module).__module__.startswith("sglang."):
+        _refuse_unfilled(module, filled, _MADE_AT_LAUNCH)
+    else:  # a component of another library may have parameters that no checkpoint holds
+        _refuse(module, "the model has nothing for", named.keys() - filled)
 
 
-def _refuse(lacking: set[str], module: torch.nn.Module) -> None:
-    if lacking:
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        model = type(module).__name__
-        raise ValueError(
-            f"{min(lacking)}{more} of {model}: not in the checkpoint and the model both"
-        )
-
-
-def _unfilled(
-    module: torch.nn.Module, filled: set[str], tolerated: Iterable[str] = _MADE_AT_LAUNCH
-) -> set[str]:
+def _refuse_unfilled(module: torch.nn.Module, filled: set[str], tolerated: Iterable[str]) -> None:
     names = {name for name, _ in module.named_parameters()} - filled
-    return {name for name in names if not any(part in name for part in tolerated)}
+    names = {name for name in names if not any(part in name for part in tolerated)}
+    _refuse(module, "the checkpoint has nothing for", names)
+
+
+def _refuse(module: torch.nn.Module, problem: str, names: set[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        remedy = "Update from a checkpoint of this model, or restart with the other one"
+        raise ValueError(f"{problem} {min(names)}{more} of {type(module).__name__}. {remedy}")
 
 
 def _translated(module: torch.nn.Module, weights: NamedWeights) -> dict[str, torch.Tensor]:

@@ -18,8 +18,7 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.patches import SGLANG_DIFFUSION
 from weightlift.patches.sglang_diffusion.components import rank
-from weightlift.patches.sglang_diffusion.modules import offload_managers, take
-from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
+from weightlift.patches.sglang_diffusion.modules import is_apart, take
 
 logger = logging.getLogger("weightlift")
 
@@ -85,10 +84,11 @@ def _obstacle(path: Path, modules: Modules, wanted: Iterable[str]) -> str:
             return f"there is no module {name!r}, but {', '.join(sorted(modules))}"
         if not shards_in(path / name):
             return f"{path / name} has no safetensors files for {name}"
-        if is_sharded(modules[name]):
-            return f"{name}: {SHARDED}; start with --text-encoder-cpu-offload false"
-        if offload_managers(modules[name]):
-            return f"{name} is on the host layer by layer; start with --dit-layerwise-offload false"
+        if is_apart(modules[name]):
+            return (
+                f"{name} is sharded or on the host layer by layer; start with "
+                "--text-encoder-cpu-offload false and --dit-layerwise-offload false"
+            )
     return ""
 
 

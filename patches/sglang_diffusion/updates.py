@@ -16,12 +16,7 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
 from weightlift.patches.sglang_diffusion.components import rank
-from weightlift.patches.sglang_diffusion.modules import (
-    complete,
-    loads_itself,
-    offload_managers,
-    take,
-)
+from weightlift.patches.sglang_diffusion.modules import complete, is_apart, loads_itself, take
 from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
 from weightlift.patches.shadow import shadowed
 
@@ -29,6 +24,9 @@ logger = logging.getLogger("weightlift")
 
 _is_updating: ContextVar[bool] = ContextVar("is_updating", default=False)
 """Whether weightlift updates from disk now; updates from tensors may be of a part of a module."""
+
+_WRONG_CHECKPOINT = (AssertionError, KeyError, ValueError)
+"""What the engine's loaders raise where shapes or names are others."""
 
 _OLD = "sglang.multimodal_gen.runtime.loader.weights_updater"
 _NEW = "sglang.multimodal_gen.runtime.post_training.weights_updater"
@@ -52,19 +50,36 @@ def _apply_weights(
         rank=rank(),
         architecture=", ".join(type(module).__name__ for module in modules.values()),
     )
-    if any(is_sharded(module) for module in modules.values()):
-        report.fall_back(SHARDED)
-        result: tuple[bool, str] = wrapped(*args, **kwargs)
-    else:
-        before = _is_updating.set(True)
-        try:
+    before = _is_updating.set(True)
+    try:
+        if any(is_sharded(module) for module in modules.values()):
+            report.fall_back(SHARDED)
+            obstacle = _obstacle(modules, translates=_translates(wrapped))
+            result: tuple[bool, str] = (False, obstacle) if obstacle else wrapped(*args, **kwargs)
+        else:
             result = _Update(wrapped, args, kwargs).run(instance, modules, settings, report)
-        finally:
-            _is_updating.reset(before)
+    finally:
+        _is_updating.reset(before)
     if not result[0]:
         report.plan_note = result[1]
     report.finish(settings)
     return result
+
+
+def _translates(wrapped: Callable[..., Any]) -> bool:
+    """Whether the engine translates names in updates, which it does from 0.5.14 on."""
+    return "_iter_module_weight_updates" in wrapped.__globals__
+
+
+def _obstacle(modules: dict[str, torch.nn.Module], *, translates: bool) -> str:
+    """Why the engine cannot update these modules by itself, or ''."""
+    fused = [name for name, item in modules.items() if is_apart(item) and loads_itself(item)]
+    if translates or not fused:
+        return ""
+    return (
+        f"Nothing is updated: {fused[0]} is sharded or on the host, and this release skips its fused "
+        "parameters. Update the others (target_modules), or start with --text-encoder-cpu-offload false."
+    )
 
 
 class _Update:
@@ -130,25 +145,19 @@ def _load_into_module(
     module, weights = args
     if not _is_updating.get():
         return wrapped(*args, **kwargs)
-    translates = "_iter_module_weight_updates" in wrapped.__globals__  # from 0.5.14 on
-    is_offloaded = bool(offload_managers(module))
-    if translates and (is_offloaded or not loads_itself(module)):
+    if _translates(wrapped) and (is_apart(module) or not loads_itself(module)):
         return wrapped(*args, **kwargs)
     restore = wrapped.__globals__.get("restore_weight_snapshot")  # from 0.5.20 on
     # Parameters that were moved while the pipeline ran may be written to in no other mode.
     is_inference = any(parameter.is_inference() for parameter in module.parameters())
     try:
         with torch.inference_mode() if is_inference else torch.no_grad():
-            if is_offloaded:
+            if is_apart(module):
                 return wrapped(module, complete(module, weights))
             if restore is not None:
                 restore(module)
             return take(module, weights)
-    except (
-        AssertionError,
-        KeyError,
-        ValueError,
-    ) as error:  # what loaders say of a wrong checkpoint
+    except _WRONG_CHECKPOINT as error:
         session = active_session()
         if session is not None:
             session.report.plan_note = repr(error)

@@ -2,6 +2,7 @@
 
 Of a case:
 
+sharded    true for modules that are taken to be sharded, and so are updated by the engine
 python     true for updates by weightlift's Python call
 updates    a list of: path; modules, if not all; unreadable, a component whose files cannot be read;
            early, true to write while the update is still planned
@@ -58,6 +59,10 @@ def updated(pipeline: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
         update_from = functools.partial(diffusion.update_weights_from_disk, pipeline)
     else:
         update_from = updater_of(pipeline).update_weights_from_disk
+    if case.get("sharded"):
+        from weightlift.patches.sglang_diffusion import modules, updates
+
+        modules.is_sharded = updates.is_sharded = lambda _: True
     told = []
     for update in case["updates"]:
         chosen = {"modules" if case.get("python") else "target_modules": update.get("modules")}
