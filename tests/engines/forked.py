@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
+import signal
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from engines.harness import CASE_SECONDS, free_port
 
 Case = dict[str, Any]
 Run = Callable[[Case, int, int], dict[str, Any]]
@@ -36,7 +38,7 @@ def run_cases(path: str, run: Run) -> None:
     with open(path) as file:
         cases = json.load(file)
     for case in cases:
-        port, children = random.SystemRandom().randrange(20000, 30000), []
+        port, children = free_port(), []
         for rank in range(case.get("tp", 1)):
             pid = os.fork()
             if not pid:
@@ -48,6 +50,7 @@ def run_cases(path: str, run: Run) -> None:
 
 def _child(case: Case, rank: int, port: int, run: Run) -> None:
     """One rank; prints what it found and ends."""
+    signal.alarm(CASE_SECONDS)  # a hang ends this rank, and its missing line is a failure
     try:
         os.environ.update(case.get("env", {}))
         if case.get("stock"):

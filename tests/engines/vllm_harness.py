@@ -20,6 +20,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
 
     if case.get("collect"):
         collect_before_loading()
-    os.environ["VLLM_DIST_IDENT"] = str(port)  # of the ranks of one engine, which it starts itself
+    os.environ["VLLM_DIST_IDENT"] = f"{os.getppid()}-{port}"  # the engine's runner makes one
     size = case.get("tp", 1)
     options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128}
     config = EngineArgs(
@@ -59,6 +60,10 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
             backend="gloo",
         )
         initialize_model_parallel(size)
+        for segment in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*"):
+            segment.unlink(
+                missing_ok=True
+            )  # all ranks have it; a name left behind fails who has it next
         model = get_model(vllm_config=config)
         if case.get("damaged"):
             fail_to_reload(config, model, case["damaged"])
