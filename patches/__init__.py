@@ -135,8 +135,8 @@ SGLANG = Integration(
 
 VLLM = Integration(
     engine="vllm",
-    versions=">=0.14,<0.33",
-    newest="0.32.0",
+    versions=">=0.14,<0.34",
+    newest="0.33.0",
     patch_files=(
         PatchFile(
             "vllm.model_executor.model_loader.default_loader", "weightlift.patches.vllm.loader"

@@ -13,16 +13,18 @@ from engines import environment
 from engines.checkpoints import make_checkpoint
 from engines.runs import run_harness
 
-VERSIONS = ("0.28.0", "0.30.0") if os.environ.get("WEIGHTLIFT_TEST_MORE") else ("0.30.0",)
-KINDS = ("qwen3", "qwen3moe") if os.environ.get("WEIGHTLIFT_TEST_MORE") else ("qwen3",)
+MORE = bool(os.environ.get("WEIGHTLIFT_TEST_MORE"))
+VERSIONS = ("0.28.0", "0.30.0", "0.32.0") if MORE else ("0.30.0",)
+KINDS = ("qwen3", "qwen3moe") if MORE else ("qwen3",)
+ASKED = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1"}
 
 pytestmark = pytest.mark.engine
 
 
-def told(version: str, models: list[Path], **environ: str) -> list[Any]:
-    """Tokens and hash after the launch and after each reload."""
+def told(version: str, models: list[Path], ranks: int = 1, **environ: str) -> list[Any]:
+    """Tokens and hashes after the launch and after each reload."""
     engine = environment.vllm(version, Path(sys.executable))
-    output = run_harness("vllm_engine.py", models, engine, **environ)
+    output = run_harness("vllm_engine.py", [ranks, *models], engine, **environ)
     (line,) = (line for line in output.splitlines() if line.startswith("RESULT "))
     found: list[Any] = json.loads(line.removeprefix("RESULT "))
     return found
@@ -36,7 +38,7 @@ def test_tokens_and_parameters_are_those_of_stock(version: str, kind: str, tmp_p
     shard = max(damaged.glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 100)
     report = tmp_path / "report.jsonl"
-    asked = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1", "WEIGHTLIFT_REPORT": str(report)}
+    asked = {**ASKED, "WEIGHTLIFT_REPORT": str(report)}
     first, second, again, failed = told(version, [*models, damaged], **asked)
     assert [first, second, again] == told(version, models, WEIGHTLIFT="0")
     assert first != second
@@ -50,3 +52,20 @@ def test_tokens_and_parameters_are_those_of_stock(version: str, kind: str, tmp_p
         assert load["mode"] == "weightlift" and load["planned"] > 0
         assert load["bytes_needed"] == launch["bytes_needed"], "each byte once"
         assert load["materialised"] == launch["materialised"], "no more is read at once"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_two_ranks_answer_as_in_stock(version: str, tmp_path: Path) -> None:
+    models = [make_checkpoint(tmp_path / str(seed), "qwen3", seed, head=32) for seed in (1, 2)]
+    report = tmp_path / "report.jsonl"
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    asked = {**ASKED, **bound, "WEIGHTLIFT_REPORT": str(report)}
+    launched, reloaded, again = told(version, models, 2, **asked)
+    assert [launched, reloaded, again] == told(version, models, 2, **bound, WEIGHTLIFT="0")
+    assert launched == again != reloaded and len(set(launched[1])) == 2
+    loads = [json.loads(line) for line in report.read_text().splitlines()]
+    assert sorted((load["phase"], load["rank"]) for load in loads) == [
+        *(("launch", rank) for rank in (0, 1)),
+        *(("update", rank) for rank in (0, 0, 1, 1)),
+    ]
+    assert {load["mode"] for load in loads} == {"weightlift"}

@@ -138,6 +138,6 @@ def _record(target: str, versions: str) -> Patch:
 
 
 PATCHES: tuple[Patch, ...] = (
-    _record("vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights", ">=0.18,<0.33"),
-    _record("vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights", ">=0.32,<0.33"),
+    _record("vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights", ">=0.18,<0.34"),
+    _record("vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights", ">=0.32,<0.34"),
 )

