@@ -160,6 +160,9 @@ VLLM_OMNI = Integration(
         PatchFile("vllm_omni.entrypoints.cli.serve", "weightlift.patches.vllm_omni.flags"),
         PatchFile("vllm_omni.entrypoints.omni", "weightlift.patches.vllm_omni.flags", "<0.18"),
         PatchFile(
+            "vllm_omni.entrypoints.omni_stage", "weightlift.patches.vllm_omni.flags", "<0.18"
+        ),
+        PatchFile(
             "vllm_omni.entrypoints.omni_base", "weightlift.patches.vllm_omni.flags", ">=0.18"
         ),
     ),

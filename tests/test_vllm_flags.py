@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engines.environment import omni_and_vllm, omni_releases
 from engines.runs import Runs, run_cases, run_harness
+from packaging.version import Version
 
 ON, OFF = "--enable-multithread-weight-load", "--disable-multithread-weight-load"
 THREADS = "--num-weight-load-threads"
@@ -47,6 +49,21 @@ def version(request: pytest.FixtureRequest) -> str:
     return found
 
 
+STAGES: dict[str, dict[str, Any]] = {
+    "stage of 7": {"enable_multithread_weight_load": True, "num_weight_load_threads": 7},
+    "stage off": {"enable_multithread_weight_load": False},
+}
+
+
+def stage_file(version: str, path: Path, settings: dict[str, Any]) -> Path:
+    """Of one diffusion stage, in the form of the release."""
+    stages = "stage_args" if Version(version) < Version("0.28") else "stages"
+    stage = {"stage_id": 0, "stage_type": "diffusion"}
+    written = {stages: [{**stage, "engine_args": {"model_stage": "dit", **settings}}]}
+    path.write_text(json.dumps(written))  # which is YAML too
+    return path
+
+
 def run(version: str, folder: Path) -> tuple[Runs, Path]:
     """All cases in one release, and the model they name."""
     model = folder / "model"
@@ -59,10 +76,13 @@ def run(version: str, folder: Path) -> tuple[Runs, Path]:
         for name, keywords in KEYWORDS.items():
             given = {"model": str(model), **keywords}
             cases.append({**case, "name": f"{engine} {name}", "keywords": given})
+    for name, settings in STAGES.items():
+        file = stage_file(version, folder / f"{name}.yaml", settings)
+        cases.append({"name": name, "stages": str(file)})
     return run_cases("flags_harness.py", cases, folder, *omni_and_vllm(version)), model
 
 
-def test_options_reach_what_the_engine_starts(version: str, tmp_path: Path) -> None:
+def test_options_reach_what_loads(version: str, tmp_path: Path) -> None:
     runs, model = run(version, tmp_path)
     for engine in ("vllm", "omni"):
         for name, said in SAID.items():
@@ -82,10 +102,14 @@ def test_options_reach_what_the_engine_starts(version: str, tmp_path: Path) -> N
         {**load, "name": name, "env": runs.told[f"omni {name}"][0]["environ"]}
         for name in ("none", "threads", "on", "off")
     ]
+    for name in STAGES:
+        (told,) = runs.told[name]
+        assert bool(told["fields"]) == has_own_flags, "else in the environment"
+        loads.append({**load, "name": name, "env": told["environ"], "fields": told["fields"]})
     (tmp_path / "loads").mkdir()
     loaded = run_cases("omni_harness.py", loads, tmp_path / "loads", *omni_and_vllm(version))
     assert len({str(loaded.hashes(name)) for name in loaded.told}) == 1
-    reports = dict(zip(("none", "threads", "on", "off"), loaded.reports, strict=True))
-    modes = [report["mode"] for report in reports.values()]
-    assert modes == ["weightlift", "weightlift", "weightlift", "stock"]
-    assert reports["threads"]["threads"] == 7
+    reports = dict(zip(loaded.told, loaded.reports, strict=True))
+    modes = {name: report["mode"] for name, report in reports.items()}
+    assert {name for name, mode in modes.items() if mode == "stock"} == {"off", "stage off"}
+    assert reports["threads"]["threads"] == reports["stage of 7"]["threads"] == 7

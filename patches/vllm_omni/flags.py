@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.patches import VLLM_OMNI, arguments
 
@@ -82,6 +83,22 @@ def _omni_init(
         wrapped(*args, **kwargs)
 
 
+def _build_od_config(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Keep what the stage's YAML file says, unless the command line said otherwise.
+
+    Raises:
+        ValueError: A value makes no sense.
+    """
+    stage: Mapping[str, Any] = args[0] if args else kwargs["engine_args"]
+    fields = {"multithread_load": _SWITCH, "num_load_threads": _THREADS}
+    asked = context_of(_ENGINE).settings().asked
+    given = {name: stage.get(field) for name, field in fields.items() if name not in asked}
+    arguments.keep({name: value for name, value in given.items() if value is not None}, _ENGINE)
+    return wrapped(*args, **kwargs)
+
+
 def _has_fields() -> bool:
     """Whether this release has these settings itself."""
     data = importlib.import_module("vllm_omni.diffusion.data")
@@ -111,6 +128,15 @@ PATCHES: tuple[Patch, ...] = (
         why="0.22 drops the flags on the way to pipelines of its registry, and 0.14 and 0.16 have "
         "no fields for them.",
         how="Puts them into the environment, which the processes of all stages inherit.",
+        **_NOTES,
+    ),
+    Patch(
+        target="vllm_omni.entrypoints.omni_stage:_build_od_config",
+        versions="<0.18",
+        wrapper=_build_od_config,
+        parameters=("engine_args", "model"),
+        why="0.14 and 0.16 drop what a stage's YAML file says of the loading of weights.",
+        how="Puts it into the environment of the stage's process, which its workers inherit.",
         **_NOTES,
     ),
     *(

@@ -112,6 +112,8 @@ def _refusal(call: Any, config: Any, settings: Settings) -> str:
     """Why this load is left to the engine, or ''."""
     if not settings.multithread_load:
         return "multithread load is switched off"
+    if getattr(config, "enable_multithread_weight_load", True) is False:
+        return "multithread load is switched off in the stage's configuration"
     if call.get("stream_online_quant_to_cpu"):
         return "its layers are quantised and moved one by one"
     if getattr(config, "quantization_config", None) is not None:

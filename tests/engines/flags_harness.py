@@ -3,7 +3,8 @@
 flags_harness.py CASES.json    see ``engines.forked``
 
 A case has argv, what follows ``vllm serve``; or keywords, of ``LLM`` or ``Omni``; and omni=true for
-vLLM-Omni. The engine is stopped where it would start processes; what they would inherit is told.
+vLLM-Omni. The engine is stopped where it would start processes; what they would inherit is told. Or it has
+stages, a YAML file of a stage: told is what its diffusion configuration and its workers would be given.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -18,6 +19,8 @@ from typing import Any
 
 from engines.forked import run_cases
 from engines.omni_harness import platform_for_loading
+
+LOADING = ("enable_multithread_weight_load", "num_weight_load_threads")
 
 
 class Stop(Exception):
@@ -71,8 +74,30 @@ def construct(keywords: dict[str, Any], module: Any, starts: str, make: Any) -> 
     raise AssertionError("nothing was started")
 
 
+def stage_of(path: str) -> dict[str, Any]:
+    """The first stage of a file, read as the release reads such files."""
+    utils = importlib.import_module("vllm_omni.entrypoints.utils")
+    if hasattr(utils, "load_stage_configs_from_yaml"):
+        found = utils.load_stage_configs_from_yaml(path)[0].engine_args
+    else:
+        found = vars(
+            importlib.import_module("vllm_omni.config.stage_config")
+            .load_deploy_config(path)
+            .stages[0]
+        )
+    stage = {name: found[name] for name in found}
+    data = importlib.import_module("vllm_omni.diffusion.data")
+    known = [name for name in LOADING if hasattr(data.OmniDiffusionConfig, name)]
+    if not known:  # the process of a stage
+        omni_stage = importlib.import_module("vllm_omni.entrypoints.omni_stage")
+        assert not set(LOADING) & set(omni_stage._build_od_config(stage, "model"))
+    return {"fields": {name: stage[name] for name in known if stage.get(name) is not None}}
+
+
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
-    """One command line or one call."""
+    """One command line, one call or one file."""
+    if "stages" in case:
+        return {**stage_of(case["stages"]), "environ": inherited()}
     if "argv" in case:
         package = "vllm_omni" if case.get("omni") else "vllm"
         module = importlib.import_module(f"{package}.entrypoints.cli.serve")
@@ -97,4 +122,8 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     platform_for_loading()
+    for entrypoint in ("vllm.entrypoints.cli.serve", "vllm.entrypoints.llm"):
+        importlib.import_module(entrypoint)  # once for all cases
+    importlib.import_module("vllm_omni.entrypoints.cli.serve")
+    importlib.import_module("vllm_omni.entrypoints.omni")
     run_cases(sys.argv[1], run)

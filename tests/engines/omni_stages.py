@@ -31,14 +31,27 @@ _MEDIA = {"audio_token_id": 500, "image_token_id": 501, "video_token_id": 502}
 THINKER = {
     "text_config": {**_TEXT, "vocab_size": 100_000},
     "audio_config": {
-        **{"num_mel_bins": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "d_model": 64},
-        **{"encoder_ffn_dim": 64, "output_dim": 64, "n_window": 50, "downsample_hidden_size": 16},
-        **{"max_source_positions": 100, "num_hidden_layers": 1, "conv_chunksize": 10},
+        "num_mel_bins": 16,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "d_model": 64,
+        "encoder_ffn_dim": 64,
+        "output_dim": 64,
+        "n_window": 50,
+        "downsample_hidden_size": 16,
+        "max_source_positions": 100,
+        "num_hidden_layers": 1,
+        "conv_chunksize": 10,
     },
     "vision_config": {
         **_WIDTH,
-        **{"depth": 1, "num_heads": 2, "out_hidden_size": 64, "patch_size": 16, "image_size": 64},
-        **{"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 16,
+        "image_size": 64,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
         "apply_vit_abs_pos_embed": True,
     },
     **_MEDIA,
@@ -50,18 +63,33 @@ TALKER = {
         **_WIDTH,
         **_HEADS,
         **_LAYERS,
-        **{"vocab_size": 64, "num_code_groups": 4},
+        "vocab_size": 64,
+        "num_code_groups": 4,
     },
-    **{"thinker_hidden_size": 64, "num_code_groups": 4, "accept_hidden_layer": 1},
-    **{"spatial_merge_size": 2, "speaker_id": {}, "codec_nothink_id": 1, "codec_think_bos_id": 2},
-    **{"codec_think_eos_id": 3, "codec_pad_id": 4, "codec_bos_id": 5, "codec_eos_token_id": 6},
+    "thinker_hidden_size": 64,
+    "num_code_groups": 4,
+    "accept_hidden_layer": 1,
+    "spatial_merge_size": 2,
+    "speaker_id": {},
+    "codec_nothink_id": 1,
+    "codec_think_bos_id": 2,
+    "codec_think_eos_id": 3,
+    "codec_pad_id": 4,
+    "codec_bos_id": 5,
+    "codec_eos_token_id": 6,
     **_MEDIA,
 }
 CODE2WAV = {
     **_WIDTH,
     **_LAYERS,
-    **{"codebook_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32},
-    **{"num_quantizers": 4, "decoder_dim": 32, "upsample_rates": [2, 2], "upsampling_ratios": [2]},
+    "codebook_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_quantizers": 4,
+    "decoder_dim": 32,
+    "upsample_rates": [2, 2],
+    "upsampling_ratios": [2],
 }
 
 
@@ -106,7 +134,7 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
 def main(path: str) -> None:
     """Import the engines, then run the cases."""
     platform_for_loading()
-    import vllm.model_executor.model_loader
+    import vllm.model_executor.model_loader  # noqa: F401
     import vllm_omni.engine.arg_utils  # noqa: F401
 
     if not torch.accelerator.is_available():
