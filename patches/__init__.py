@@ -109,7 +109,7 @@ SGLANG = Integration(
                 f"{_DIFFUSION}.{module}",
                 f"weightlift.patches.sglang_diffusion.{source}",
                 versions,
-                topic="weights" if source == "weights" else "",
+                topic=source if source in ("weights", "agreement") else "",
                 extra="sglang[diffusion]",
                 switch="parallel_module_load",
             )
@@ -123,7 +123,9 @@ SGLANG = Integration(
                 ("loader.weight_utils", "weights", SGLANG_DIFFUSION),
                 ("loader.fsdp_load", "weights", SGLANG_DIFFUSION),
                 ("loader.weights_updater", "updates", ">=0.5.9,<0.5.14"),
+                ("loader.weights_updater", "agreement", ">=0.5.9,<0.5.14"),
                 ("post_training.weights_updater", "updates", ">=0.5.14,<0.5.24"),
+                ("post_training.weights_updater", "agreement", ">=0.5.14,<0.5.24"),
                 (f"{_MEMORY}.memory_occupation_controller", "sleep", ">=0.5.15,<0.5.24"),
                 ("server_args", "flags", ">=0.5.7,<0.5.16"),
                 ("server_args.server_args", "flags", ">=0.5.16,<0.5.24"),
@@ -150,8 +152,8 @@ VLLM = Integration(
 
 VLLM_OMNI = Integration(
     engine="vllm_omni",
-    versions=">=0.14,<0.31",
-    newest="0.30.0",
+    versions=">=0.14,<0.33",
+    newest="0.32.0rc1",
     patch_files=(
         PatchFile(
             "vllm_omni.diffusion.model_loader.diffusers_loader",

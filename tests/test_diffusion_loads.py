@@ -107,6 +107,31 @@ def test_stock_and_weightlift_leave_and_make_the_same(
     assert sizes(pipelines) == before
 
 
+@pytest.mark.parametrize("version", releases("0.5.17", more=diffusion_releases()))
+def test_ranks_that_share_tensors_or_sequences_load_as_in_stock(
+    version: str, pipelines: Path, tmp_path: Path
+) -> None:
+    cases: list[dict[str, Any]] = []
+    for kind, name in NAMES.items():
+        for sequence in (False, True):
+            model = str(pipelines / "sound" / name)
+            case = {"model": model, "tp": 2, "sequence": sequence, "name": f"{kind} {sequence}"}
+            cases += [
+                {**case, "name": f"{case['name']} stock", "stock": True},
+                {**case, "env": ASKED},
+            ]
+    runs = run(version, cases, tmp_path)
+    for case in cases:
+        name = str(case["name"]).removesuffix(" stock")
+        stock, ours = (
+            {told["rank"]: told.get("components") for told in runs.told[which]}
+            for which in (f"{name} stock", name)
+        )
+        assert stock == ours and set(stock) == {0, 1} and None not in stock.values(), name
+    assert all(report["planned"] and not report["fallback_reason"] for report in runs.reports)
+    assert {report["rank"] for report in runs.reports} == {0, 1}
+
+
 def sizes(folder: Path) -> dict[Path, int]:
     """Of all shards."""
     return {file: file.stat().st_size for file in folder.rglob("*.safetensors")}

@@ -79,6 +79,52 @@ def test_what_the_engine_updates_by_itself_has_its_names_translated(
     assert transformer["components"]["transformer"] == after != ours["components"]["transformer"]
 
 
+@pytest.mark.parametrize(
+    "version", releases("0.5.17", more=["0.5.8.post1", "0.5.9", "0.5.13.post1", "0.5.23"])
+)
+def test_all_ranks_update_or_none(version: str, wan_pipelines: Path, tmp_path: Path) -> None:
+    first, second, damaged = (
+        str(wan_pipelines / place / NAMES["wan"]) for place in ("first", "second", "damaged")
+    )
+    elsewhere: list[dict[str, Any]] = [
+        {"path": damaged},
+        {"unreadable": "text_encoder"},
+        {"path": damaged, "early": True},
+        {"path": str(tmp_path)},
+    ]
+    failing = [{"path": second, "rank 1": change} for change in elsewhere]
+    sharing = (
+        {"tensors": False, "sequences": True} if has_translation(version) else {"sequences": True}
+    )
+    cases: list[dict[str, Any]] = []
+    for name, sequence in sharing.items():
+        case: dict[str, Any] = {"flags": RESIDENT, "tp": 2, "sequence": sequence}
+        case["python"] = version not in RELEASES
+        updates = [*failing, {"path": second}, {"path": first}]
+        cases += [
+            {**case, "name": f"first, {name}", "stock": True, "model": first},
+            {**case, "name": f"second, {name}", "stock": True, "model": second},
+            {**case, "name": name, "env": ASKED, "model": first, "updates": updates},
+        ]
+    runs = run_cases("diffusion_harness.py", cases, tmp_path, *diffusion_and_sglang(version))
+    for name in sharing:
+        before, after, ours = (
+            sorted(runs.told[kind], key=lambda told: int(told["rank"]))
+            for kind in (f"first, {name}", f"second, {name}", name)
+        )
+        for rank in (0, 1):
+            assert ours[rank]["components"] == before[rank]["components"]
+            *failures, there, back = ours[rank]["updates"]
+            for failure in failures:
+                assert not failure["done"], failure["message"]
+                assert failure["components"] == before[rank]["components"], failure["message"]
+            assert there["done"] and there["components"] == after[rank]["components"]
+            assert back["done"] and back["components"] == before[rank]["components"]
+        messages = [failure["message"] for failure in ours[0]["updates"][: len(failing)]]
+        assert all("rank 1: " in message for message in messages), messages
+        assert "truncated" in messages[0] and "injected" in messages[1]
+
+
 def has_translation(version: str) -> bool:
     """Whether the release translates names of transformers in updates."""
     return Version(version) >= Version("0.5.14")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from weightlift.compat.context import context_of
-from weightlift.loading.errors import WeightliftError
+from weightlift.loading.errors import UpdateRefused, WeightliftError
 from weightlift.loading.read_ahead import shards_in
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
+from weightlift.loading.transaction import Transaction
 from weightlift.patches import SGLANG_DIFFUSION
+from weightlift.patches.sglang_diffusion.agreement import vote
 from weightlift.patches.sglang_diffusion.components import rank
 from weightlift.patches.sglang_diffusion.modules import is_apart, take
 
@@ -29,7 +32,9 @@ _origins: weakref.WeakKeyDictionary[torch.nn.Module, Path] = weakref.WeakKeyDict
 
 
 def update(pipeline: Any, path: Path, names: Iterable[str] | None) -> tuple[bool, str]:
-    """Update modules in place, each as its weights came at launch: all of them, or none.
+    """Update modules in place, each as its weights came at launch: all of them on all ranks, or none.
+
+    Every rank calls this, and they agree.
 
     Args:
         pipeline: The engine's, loaded.
@@ -47,16 +52,19 @@ def update(pipeline: Any, path: Path, names: Iterable[str] | None) -> tuple[bool
     items = pipeline.modules.items()
     modules: Modules = {name: item for name, item in items if isinstance(item, torch.nn.Module)}
     wanted = list(modules) if names is None else list(names)
-    problem = _obstacle(path, modules, wanted)
+    problem, transaction = _obstacle(path, modules, wanted), Transaction(vote)
     if problem:
+        with suppress(UpdateRefused):
+            transaction.begin(problem)
         return False, f"{problem}. The weights before are in place."
     chosen = {name: modules[name] for name in wanted}
     folders = {name: path / name for name in wanted}
-    failure, was_written = _apply(chosen, folders)
-    if failure is not None:
+    failure, was_written = _apply(chosen, folders, transaction.begin)
+    transaction.end("" if failure is None else str(failure))
+    if transaction.failure:
         if was_written:
-            _roll_back(pipeline, chosen, failure)
-        return False, f"the update failed: {failure}. The weights before are in place."
+            _roll_back(pipeline, chosen, transaction.failure)
+        return False, f"the update failed: {transaction.failure}. The weights before are in place."
     for name, module in chosen.items():
         _origins[module] = folders[name]
         if hasattr(module, "reset_teacache_state"):
@@ -92,7 +100,9 @@ def _obstacle(path: Path, modules: Modules, wanted: Iterable[str]) -> str:
     return ""
 
 
-def _apply(modules: Modules, folders: dict[str, Path]) -> tuple[Exception | None, bool]:
+def _apply(
+    modules: Modules, folders: dict[str, Path], before_write: Callable[[], None]
+) -> tuple[Exception | None, bool]:
     """Plan all, then write; returns what failed, if something did, and whether anything was written."""
     context = context_of("sglang")
     settings = context.settings()
@@ -105,7 +115,7 @@ def _apply(modules: Modules, folders: dict[str, Path]) -> tuple[Exception | None
         architecture=", ".join(type(module).__name__ for module in modules.values()),
     )
     # Nothing is written before the first flush: what is wrong with any module is found before that.
-    session = LoadSession(settings, report, before_write=lambda: None, all_wait=True)
+    session = LoadSession(settings, report, before_write=before_write, all_wait=True)
     failure = None
     try:
         with session:
@@ -121,7 +131,7 @@ def _apply(modules: Modules, folders: dict[str, Path]) -> tuple[Exception | None
     return failure, not session.delivery.is_gated
 
 
-def _roll_back(pipeline: Any, modules: Modules, failure: Exception) -> None:
+def _roll_back(pipeline: Any, modules: Modules, failure: str) -> None:
     """Read the weights before again.
 
     Raises:
@@ -132,9 +142,9 @@ def _roll_back(pipeline: Any, modules: Modules, failure: Exception) -> None:
         name: _origins.get(module) or Path(launched.get(name) or Path(pipeline.model_path, name))
         for name, module in modules.items()
     }
-    again, _ = _apply(modules, folders)
+    again, _ = _apply(modules, folders, lambda: None)
     if again is not None:
         raise WeightliftError(
             f"the update failed ({failure}), and so did reading the weights before ({again}): the "
             "pipeline holds parts of two checkpoints. Update it from a whole one, or restart it."
-        ) from failure
+        ) from again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
+from weightlift.loading.errors import UpdateRefused
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
+from weightlift.loading.transaction import Transaction, active_transaction
 from weightlift.patches.sglang_diffusion.components import rank
 from weightlift.patches.sglang_diffusion.modules import complete, is_apart, loads_itself, take
 from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
@@ -28,16 +31,17 @@ _is_updating: ContextVar[bool] = ContextVar("is_updating", default=False)
 _WRONG_CHECKPOINT = (AssertionError, KeyError, ValueError)
 """What the engine's loaders raise where shapes or names are others."""
 
-_OLD = "sglang.multimodal_gen.runtime.loader.weights_updater"
-_NEW = "sglang.multimodal_gen.runtime.post_training.weights_updater"
+OLD = "sglang.multimodal_gen.runtime.loader.weights_updater"
+NEW = "sglang.multimodal_gen.runtime.post_training.weights_updater"
+"""Where the engine's updater is, up to 0.5.13 and from 0.5.14 on."""
 
 
 def _apply_weights(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bool, str]:
     """Update all modules in one go; what cannot be planned is updated by the engine."""
-    settings = context_of("sglang").settings()
-    if not settings.parallel_module_load:
+    settings, transaction = context_of("sglang").settings(), active_transaction()
+    if transaction is None:
         done: tuple[bool, str] = wrapped(*args, **kwargs)
         return done
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
@@ -50,14 +54,15 @@ def _apply_weights(
         rank=rank(),
         architecture=", ".join(type(module).__name__ for module in modules.values()),
     )
+    update = _Update(functools.partial(wrapped, *args, **kwargs), instance, modules, transaction)
     before = _is_updating.set(True)
     try:
         if any(is_sharded(module) for module in modules.values()):
             report.fall_back(SHARDED)
             obstacle = _obstacle(modules, translates=_translates(wrapped))
-            result: tuple[bool, str] = (False, obstacle) if obstacle else wrapped(*args, **kwargs)
+            result = (False, obstacle) if obstacle else update.agreed(update.by_engine)
         else:
-            result = _Update(wrapped, args, kwargs).run(instance, modules, settings, report)
+            result = update.agreed(lambda: update.by_plan(settings, report))
     finally:
         _is_updating.reset(before)
     if not result[0]:
@@ -86,52 +91,89 @@ class _Update:
     """One update of several modules, as the engine would do it.
 
     Args:
-        apply: Its ``_apply_weights``.
-        args: What that takes.
-        kwargs: Likewise.
+        apply: Its ``_apply_weights``, with what that takes.
+        updater: Its updater.
+        modules: What is updated.
+        transaction: Of all ranks.
     """
 
-    def __init__(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
-        self._apply = apply
-        self._args = args
-        self._kwargs = kwargs
-
-    def run(
+    def __init__(
         self,
+        apply: Callable[[], tuple[bool, str]],
         updater: Any,
         modules: dict[str, torch.nn.Module],
-        settings: Settings,
-        report: LoadReport,
-    ) -> tuple[bool, str]:
-        """Plan, then write; on failure half way the engine's roll-back brings the old weights."""
+        transaction: Transaction,
+    ) -> None:
+        self._apply = apply
+        self._updater = updater
+        self._modules = modules
+        self._transaction = transaction
+
+    def agreed(self, write: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
+        """Write, and have the weights before again if another rank could not."""
+        try:
+            is_done, message = write()
+        except UpdateRefused as refused:
+            return False, f"Nothing is updated: {refused}. The weights before are in place."
+        self._transaction.end("" if is_done else message)
+        if is_done and self._transaction.failure:
+            return False, self._rolled_back(self._transaction.failure)
+        return is_done, message
+
+    def by_engine(self) -> tuple[bool, str]:
+        """Let the engine update, once all ranks can.
+
+        Raises:
+            UpdateRefused: One cannot.
+        """
+        self._transaction.begin()
+        return self._apply()
+
+    def by_plan(self, settings: Settings, report: LoadReport) -> tuple[bool, str]:
+        """Plan, then write; on failure half way the engine's roll-back brings the old weights.
+
+        Raises:
+            UpdateRefused: A rank cannot. Nothing was written.
+        """
         # Nothing is written before the first flush, so that what is wrong with a module is found
         # while the weights before are still in place.
-        session = LoadSession(settings, report, before_write=lambda: None, all_wait=True)
+        begin = self._transaction.begin
+        session = LoadSession(settings, report, before_write=begin, all_wait=True)
         is_planned, message = False, ""
         try:
             with session:
-                with session.armed(), shadowed(updater, "_rollback", _leave_alone):
-                    is_planned, message = self._apply(*self._args, **self._kwargs)
+                with session.armed(), shadowed(self._updater, "_rollback", _leave_alone):
+                    is_planned, message = self._apply()
                 if is_planned:
-                    session.finish(torch.nn.ModuleList(modules.values()))
+                    session.finish(torch.nn.ModuleList(self._modules.values()))
+        except UpdateRefused:
+            raise
         except Exception as error:  # noqa: BLE001 - told as the engine tells its own
             if session.aborted is None:
-                updater._rollback(list(modules))
-                failure = f"Failed to update weights: {error}."
-                logger.error("weightlift: %s", failure)
-                return False, f"{failure} All modules rolled back to original weights."
+                return False, self._rolled_back(error)
         was_written = not session.delivery.is_gated  # a loader worked with data
         if session.aborted is None and (is_planned or report.plan_note):
             if was_written and not is_planned:
-                updater._rollback(list(modules))
+                self._updater._rollback(list(self._modules))
             return is_planned, message
-        # Perhaps it is for the lazy tensors; what is not fails again.
-        report.fall_back(str(session.aborted or message))
-        logger.warning("weightlift: updated again by the engine: %s", report.fallback_reason)
-        done: tuple[bool, str] = self._apply(*self._args, **self._kwargs)
-        if was_written and not done[0]:
-            updater._rollback(list(modules))
-        return done
+        is_done, message = self._again(str(session.aborted or message), report)
+        if was_written and not is_done:
+            self._updater._rollback(list(self._modules))
+        return is_done, message
+
+    def _again(self, reason: str, report: LoadReport) -> tuple[bool, str]:
+        """By the engine. Perhaps it was for the lazy tensors; what was not fails again."""
+        self._transaction.begin()
+        report.fall_back(reason)
+        logger.warning("weightlift: updated again by the engine: %s", reason)
+        return self._apply()
+
+    def _rolled_back(self, failure: object) -> str:
+        """Bring the weights before back; what to say of it."""
+        self._updater._rollback(list(self._modules))
+        told = f"Failed to update weights: {failure}."
+        logger.error("weightlift: %s", told)
+        return f"{told} All modules rolled back to original weights."
 
 
 def _leave_alone(original: Callable[..., Any], updated_modules: list[str]) -> None:
@@ -180,8 +222,8 @@ def _records(module: str, versions: str) -> Patch:
 
 
 PATCHES: tuple[Patch, ...] = (
-    _records(_OLD, ">=0.5.9,<0.5.14"),
-    _records(_NEW, ">=0.5.14,<0.5.24"),
+    _records(OLD, ">=0.5.9,<0.5.14"),
+    _records(NEW, ">=0.5.14,<0.5.24"),
     *(
         Patch(
             target=f"{module}:_load_weights_into_module",
@@ -195,6 +237,6 @@ PATCHES: tuple[Patch, ...] = (
             upstream="From 0.5.14 on names are translated, and what is skipped is logged.",
             drop_when="Updates fill all that a launch fills.",
         )
-        for module, versions in ((_OLD, ">=0.5.9,<0.5.14"), (_NEW, ">=0.5.14,<0.5.24"))
+        for module, versions in ((OLD, ">=0.5.9,<0.5.14"), (NEW, ">=0.5.14,<0.5.24"))
     ),
 )

@@ -149,6 +149,6 @@ PATCHES: tuple[Patch, ...] = (
             how="Keeps weightlift's as the command line's, for this engine alone.",
             **_NOTES,
         )
-        for module, versions in (("omni", "<0.18"), ("omni_base", ">=0.18,<0.31"))
+        for module, versions in (("omni", "<0.18"), ("omni_base", ">=0.18,<0.33"))
     ),
 )

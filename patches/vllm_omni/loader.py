@@ -161,7 +161,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         target=f"{_MODULE}:multi_thread_safetensors_weights_iterator",
-        versions=">=0.18,<0.31",
+        versions=">=0.18,<0.33",
         wrapper=safetensors_iterator,
         parameters=("hf_weights_files",),
         **ITERATOR_NOTES,

@@ -159,7 +159,7 @@ def load(folder: Path, flags: list[str]) -> dict[str, Any]:
     components.load_component = timed(components.load_component, seconds)
     if not torch.cuda.is_available():
         diffusion_on_cpu.platform_for_cpu()
-    pipeline, _ = harness.build({"model": str(folder), "flags": flags}, 29700)
+    pipeline, _ = harness.build({"model": str(folder), "flags": flags}, 0, 29700)
     if "--text-encoder-cpu-offload" in flags:
         update = WeightsUpdater(pipeline).update_weights_from_disk
         for name in ("first update", "second update"):

@@ -5,7 +5,7 @@ Of a case:
 sharded    true for modules that are taken to be sharded, and so are updated by the engine
 python     true for updates by weightlift's Python call
 updates    a list of: path; modules, if not all; unreadable, a component whose files cannot be read;
-           early, true to write while the update is still planned
+           early, true to write while the update is still planned; rank N, what is other on rank N
 sleeps     a list of: update, a path to update from before; fails, true for a host without memory. After
            each the pipeline wakes up.
 """
@@ -64,7 +64,8 @@ def updated(pipeline: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
 
         modules.is_sharded = updates.is_sharded = lambda _: True
     told = []
-    for update in case["updates"]:
+    for given in case["updates"]:
+        update = {**given, **given.get(f"rank {torch.distributed.get_rank()}", {})}
         chosen = {"modules" if case.get("python") else "target_modules": update.get("modules")}
         folder = f"{update['path']}/{update['unreadable']}/" if "unreadable" in update else ""
         with unreadable(folder), written_early(update.get("early")):

@@ -7,6 +7,7 @@ A case has besides:
 model, flags    what is built
 generate        true to make a video of it
 trials          how often it is built, with readers that take their work in random order
+sequence        true for several ranks that share sequences, not tensors
 memory          true to watch memory meanwhile
 mapped          true for transformers that are taken to stay on the host beside a GPU
 updates, sleeps see ``diffusion_changes``
@@ -41,7 +42,7 @@ NAMES = {"wan": "Wan2.1-T2V-1.3B-Diffusers", "flux": "FLUX.1-dev", "qwen": "Qwen
 STEPS = 2
 
 
-def build(case: dict[str, Any], port: int) -> tuple[Any, Any]:
+def build(case: dict[str, Any], rank: int, port: int) -> tuple[Any, Any]:
     """The engine's pipeline with its components loaded, and its arguments."""
     from sglang.multimodal_gen.runtime import distributed
     from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
@@ -50,21 +51,24 @@ def build(case: dict[str, Any], port: int) -> tuple[Any, Any]:
         set_global_server_args,
     )
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    ranks = case.get("tp", 1)
+    tensor, sequence = (1, ranks) if case.get("sequence") else (ranks, 1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     where = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
-    flags = ["--model-path", case["model"], "--num-gpus", "1", "--tp-size", "1"]
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks)
+    flags = ["--model-path", case["model"], "--num-gpus", str(ranks), "--tp-size", str(tensor)]
+    flags += ["--sp-degree", str(sequence), "--ulysses-degree", str(sequence)]
     flags += ["--attention-backend", "torch_sdpa", *case.get("flags", [])]
     sys.argv[1:] = flags  # where releases up to 0.5.11 look for what was given
     arguments = prepare_server_args(flags)
     set_global_server_args(arguments)
     start = distributed.maybe_init_distributed_environment_and_model_parallel
-    more = {"enable_cfg_parallel": False}
+    more = {"enable_cfg_parallel": False, "ulysses_degree": sequence}
     takes = start.__code__.co_varnames
     start(
-        tp_size=1,
-        sp_size=1,
+        tp_size=tensor,
+        sp_size=sequence,
         distributed_init_method=where,
         **{name: value for name, value in more.items() if name in takes},
     )
@@ -138,14 +142,14 @@ class RandomQueue(queue.Queue[Any]):
         return item
 
 
-def tried(case: dict[str, Any], port: int) -> dict[str, Any]:
+def tried(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """What differs between many loads by readers that take their work in random order."""
     from sglang.multimodal_gen.runtime.pipelines_core import build_pipeline
 
     from weightlift.loading import reader
 
     reader.queue = types.SimpleNamespace(SimpleQueue=RandomQueue, Empty=queue.Empty)
-    pipeline, arguments = build(case, port)
+    pipeline, arguments = build(case, rank, port)
     found: collections.Counter[str] = collections.Counter()
     for trial in range(case["trials"]):
         random.seed(trial)
@@ -188,9 +192,9 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
 
         weights._stay_mapped = lambda device: True
     if case.get("trials"):
-        return tried(case, port)
+        return tried(case, rank, port)
     with MemoryWatch() if case.get("memory") else contextlib.nullcontext() as watch:
-        pipeline, arguments = build(case, port)
+        pipeline, arguments = build(case, rank, port)
     told: dict[str, Any] = {"components": components_of(pipeline), "process": process_state()}
     if watch:
         told["memory"] = watch.most - watch.before

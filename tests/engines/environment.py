@@ -57,6 +57,7 @@ OMNI_VERSIONS: Mapping[str, str] = {
     "0.26.0": "0.26.0",
     "0.28.0": "0.28.0",
     "0.30.0": "0.30.0",
+    "0.32.0rc1": "0.32.0",
 }
 """vLLM-Omni, each with the vLLM that it goes with."""
 OMNI_EVERYDAY = ("0.14.0", "0.22.0", "0.30.0")

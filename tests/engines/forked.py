@@ -62,5 +62,5 @@ def _child(case: Case, rank: int, port: int, run: Run) -> None:
     except BaseException as error:
         told = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
     line = json.dumps({"case": case["name"], "rank": rank, **told})
-    os.write(1, f"RESULT {line}\n".encode())
+    os.write(1, f"\nRESULT {line}\n".encode())  # another rank may be in the middle of a line
     os._exit(0)

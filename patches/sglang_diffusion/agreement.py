@@ -1,0 +1,67 @@
+"""``update_weights_from_disk`` of a diffusion pipeline happens on all ranks or on none."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from weightlift.compat.context import context_of
+from weightlift.compat.patch import Patch
+from weightlift.loading.errors import UpdateRefused
+from weightlift.loading.transaction import Transaction, within
+from weightlift.patches.sglang_diffusion.components import rank
+from weightlift.patches.sglang_diffusion.updates import NEW, OLD
+
+
+def _update_weights_from_disk(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[bool, str]:
+    """Update on all ranks or on none, also where one does not come as far as to write."""
+    if not context_of("sglang").settings().parallel_module_load:
+        done: tuple[bool, str] = wrapped(*args, **kwargs)
+        return done
+    transaction = Transaction(vote)
+    with within(transaction):
+        is_done, message = wrapped(*args, **kwargs)
+        if not is_done:
+            with suppress(UpdateRefused):
+                transaction.begin(message)  # the others wait for it; the first call counts
+    return is_done, message
+
+
+def vote(problem: str) -> list[str]:
+    """This rank's problem and those of the others, along the groups in which requests travel."""
+    problems = {rank(): problem}
+    distributed = importlib.import_module("sglang.multimodal_gen.runtime.distributed")
+    for name in ("get_sp_group", "get_cfg_group", "get_tp_group"):
+        group = getattr(distributed, name)()
+        if group.world_size > 1:
+            told: list[Any] = [None] * group.world_size
+            torch.distributed.all_gather_object(told, problems, group=group.cpu_group)
+            problems = {number: text for each in told for number, text in each.items()}
+    return [problems[number] for number in sorted(problems)]
+
+
+def _record(module: str, versions: str) -> Patch:
+    return Patch(
+        target=f"{module}:WeightsUpdater.update_weights_from_disk",
+        versions=versions,
+        wrapper=_update_weights_from_disk,
+        parameters=("model_path",),
+        why="Each rank updates by itself, and only the first one's result is told: one that fails alone "
+        "leaves a server of two checkpoints, in silence.",
+        how="With `--enable-parallel-module-load` the ranks agree to write once all have planned, and on "
+        "the end; if one failed, all have the weights before.",
+        upstream="Nothing is proposed.",
+        drop_when="The engine's ranks agree on updates.",
+    )
+
+
+PATCHES: tuple[Patch, ...] = (
+    _record(OLD, ">=0.5.9,<0.5.14"),
+    _record(NEW, ">=0.5.14,<0.5.24"),
+)
