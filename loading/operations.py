@@ -69,6 +69,17 @@ DEVICE_GETTERS: dict[Function, str] = {
     for getter in _named(_T, name)
 }
 
+DESCRIPTIONS = frozenset(
+    {
+        *GETTERS,
+        *DTYPE_GETTERS,
+        *DEVICE_GETTERS,
+        *_named(torch, "empty empty_strided empty_like is_grad_enabled"),
+        torch._C._set_grad_enabled,
+    }
+)
+"""No data is looked at, whatever the arguments are. Engines ask these a dozen times for each tensor."""
+
 CONCATENATIONS = frozenset(_named(torch, "cat concat concatenate"))
 
 MOVES = frozenset(_named(_T, "to cpu cuda float half bfloat16 double type"))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from weightlift.compat.context import Option, context_of
+from weightlift.compat.patch import Wrapper
 
 
 def add_options(parser: argparse.ArgumentParser, engine: str) -> None:
@@ -124,3 +125,45 @@ def put_back(engine: str) -> Iterator[None]:
         for name in variables:
             os.environ.pop(name, None)
         os.environ.update(before)
+
+
+def adding(engine: str) -> Wrapper:
+    """A wrapper for what fills a parser that it takes or returns: the engine's own options come first."""
+
+    def wrapper(
+        wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        result = wrapped(*args, **kwargs)
+        places = (result, *args, *kwargs.values())
+        add_options(next(it for it in places if isinstance(it, argparse.ArgumentParser)), engine)
+        return result
+
+    return wrapper
+
+
+def keeping(engine: str) -> Wrapper:
+    """A wrapper for what takes a parser's namespace: what was given is kept, the engine has the rest."""
+
+    def wrapper(
+        wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        keep(parsed(args[0] if args else kwargs["args"], engine), engine)
+        return wrapped(*args, **kwargs)
+
+    return wrapper
+
+
+def taking_keywords(engine: str) -> Wrapper:
+    """A wrapper for what starts an engine: weightlift's keywords hold for it alone, it has the others.
+
+    The environment, by which its processes get them, is put back.
+    """
+
+    def wrapper(
+        wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with put_back(engine):
+            keep(taken_out(kwargs, engine), engine)
+            return wrapped(*args, **kwargs)
+
+    return wrapper

@@ -20,12 +20,19 @@ VERSIONS = (
     else environment.VLLM_EVERYDAY
 )
 
+TEXT = ("qwen3", "qwen3moe")
+
 pytestmark = pytest.mark.engine
 
 
 def models_of(version: str) -> tuple[str, ...]:
     """What the release can load here; experts need kernels for a CPU."""
-    return ("qwen3",) if version in environment.VLLM_OFFICIAL else ("qwen3", "qwen3moe")
+    return TEXT[:1] if version in environment.VLLM_OFFICIAL else TEXT
+
+
+def fp8_of(version: str) -> tuple[str, ...]:
+    """What it can load in FP8 here; 0.20 has nothing for a CPU."""
+    return () if version.startswith("0.20") else TEXT
 
 
 def cases_of(folder: Path, version: str) -> list[dict[str, Any]]:
@@ -63,6 +70,14 @@ def cases_of(folder: Path, version: str) -> list[dict[str, Any]]:
             {**sound, "name": "a bug half way", "fault": (2, "bug", 0)},
             {**sound, "name": "one of two ranks", "tp": 2, "fault": (0, "damage", 1)},
         ]
+    for kind in fp8_of(version):
+        model = str(make_checkpoint(folder / f"{kind} fp8", kind, 1, head=32, block_fp8=True))
+        for size in (1, 2):
+            case = {"model": model, "tp": size, "as_stored": True, "name": f"{kind} fp8 {size}"}
+            cases += [
+                {**case, "name": f"{case['name']} stock", "stock": True},
+                {**case, "env": ASKED},
+            ]
     dense = {"model": models["qwen3"]}
     processes = {**ASKED, "WEIGHTLIFT_READERS": "processes"}
     eager = {"safetensors_load_strategy": "eager"}
@@ -99,6 +114,10 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
             if can_reload(version):
                 stock = runs.hashes(f"{kind} {size} stock, reloaded")
                 assert runs.hashes(f"{kind} {size} reloaded") == stock != planned
+    for kind in fp8_of(version):
+        for size in (1, 2):
+            name = f"{kind} fp8 {size}"
+            assert runs.hashes(name) == runs.hashes(f"{name} stock"), name
     for case in ("processes", "collected", "off", "not asked"):
         assert runs.hashes(case) == runs.hashes("qwen3 1 stock"), case
     if can_reload(version):  # damage leaves what was there; a model that asks too much is reloaded
@@ -116,8 +135,9 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
     reloads = [report for report in planned_loads if report["phase"] == "update"]
     launches = len(planned_loads) - len(reloads)
-    models = len(models_of(version))
-    assert launches == models * 3 + 3 + (models * 3 + 3 + 4 if can_reload(version) else 0)
+    models, stored = len(models_of(version)), len(fp8_of(version))
+    reloaded = models * 3 + 3 + 4 if can_reload(version) else 0
+    assert launches == models * 3 + stored * 3 + 3 + reloaded
     assert len(reloads) == (models * 3 + 1 if can_reload(version) else 0)
     for report in planned_loads:
         assert report["engine"] == "vllm"

@@ -13,14 +13,6 @@ from weightlift.patches import SGLANG, arguments
 _MODULE = "sglang.srt.server_args"
 
 
-def _add_cli_args(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Add the options after the engine's own, whose definitions win."""
-    wrapped(*args, **kwargs)
-    arguments.add_options(args[0] if args else kwargs["parser"], "sglang")
-
-
 def _from_cli_args(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -76,7 +68,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         target=f"{_MODULE}:ServerArgs.add_cli_args",
         versions=SGLANG.versions,
-        wrapper=_add_cli_args,
+        wrapper=arguments.adding("sglang"),
         parameters=("parser",),
         why="`--model-loader-extra-config` takes two keys and refuses all others, so the engine's "
         "command line has no room for options of a plugin.",

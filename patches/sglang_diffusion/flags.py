@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from typing import Any
-
 from weightlift.compat.patch import Patch
 from weightlift.patches import DIFFUSION, SGLANG_DIFFUSION, arguments
 
@@ -17,42 +13,12 @@ _NEW = "sglang.multimodal_gen.runtime.server_args.server_args"
 _API = "sglang.multimodal_gen.runtime.entrypoints.diffusion_generator"
 
 
-def _add_cli_args(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Add the options after the engine's own, whose definitions win."""
-    parser = wrapped(*args, **kwargs)
-    arguments.add_options(args[0] if args else kwargs["parser"], DIFFUSION)
-    return parser
-
-
-def _from_cli_args(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Keep what was given, and let the engine have the rest."""
-    namespace: argparse.Namespace = args[0] if args else kwargs["args"]
-    arguments.keep(arguments.parsed(namespace, DIFFUSION), DIFFUSION)
-    return wrapped(*args, **kwargs)
-
-
-def _from_pretrained(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Take weightlift's keywords out, and start the engine with the others.
-
-    They hold for this engine alone: the environment, by which its processes get them, is put back.
-    """
-    with arguments.put_back(DIFFUSION):
-        arguments.keep(arguments.taken_out(kwargs, DIFFUSION), DIFFUSION)
-        return wrapped(*args, **kwargs)
-
-
 def _records(module: str, versions: str) -> tuple[Patch, ...]:
     return (
         Patch(
             target=f"{module}:ServerArgs.add_cli_args",
             versions=versions,
-            wrapper=_add_cli_args,
+            wrapper=arguments.adding(DIFFUSION),
             parameters=("parser",),
             why="The engine's command line has no room for options of a plugin.",
             how="Adds a group to the parser that `sglang generate` and `sglang serve` fill.",
@@ -62,7 +28,7 @@ def _records(module: str, versions: str) -> tuple[Patch, ...]:
         Patch(
             target=f"{module}:ServerArgs.from_cli_args",
             versions=versions,
-            wrapper=_from_cli_args,
+            wrapper=arguments.keeping(DIFFUSION),
             parameters=("args",),
             why="It refuses what is not a field of the engine's.",
             how="Puts weightlift's into the environment, which the spawned processes inherit.",
@@ -78,7 +44,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         target=f"{_API}:DiffGenerator.from_pretrained",
         versions=SGLANG_DIFFUSION,
-        wrapper=_from_pretrained,
+        wrapper=arguments.taking_keywords(DIFFUSION),
         parameters=("kwargs",),
         why="`DiffGenerator` hands its keywords to `ServerArgs`, which refuses those it does not know.",
         how="Takes weightlift's out and keeps them as the command line's.",

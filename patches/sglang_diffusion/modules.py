@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from weightlift.loading.session import NamedWeights
 from weightlift.patches.sglang_diffusion.weights import is_sharded
 
-_NAMES = "sglang.multimodal_gen.runtime.loader.utils"
+_RUNTIME = "sglang.multimodal_gen.runtime"
 _MADE_AT_LAUNCH = (
     *("gate_compress", "wcscales", "wtscale", "bias", "input_scale", "weight_scale"),
     *("norm_q", "norm_k"),
@@ -21,14 +22,8 @@ _MADE_AT_LAUNCH = (
 
 
 def loads_itself(module: torch.nn.Module) -> bool:
-    """Whether a launch has it load by itself: the engine's encoders, which know their fused parameters.
-
-    Those that ranks have taken apart in groups of their own do not count.
-    """
-    is_encoder = ".models.encoders." in type(module).__module__
-    group: Any = getattr(module, "_encoder_tp_group", None)  # from 0.5.18 on
-    is_whole = group is None or group.world_size == 1
-    return is_encoder and hasattr(module, "load_weights") and is_whole
+    """Whether a launch has it load by itself: the engine's encoders, which know their fused parameters."""
+    return ".models.encoders." in type(module).__module__ and hasattr(module, "load_weights")
 
 
 def is_apart(module: torch.nn.Module) -> bool:
@@ -59,7 +54,8 @@ def take(module: torch.nn.Module, weights: NamedWeights) -> None:
         ValueError: Shapes differ, or a parameter has no tensor or a tensor no parameter.
     """
     if loads_itself(module):
-        filled = set(module.load_weights(weights))  # type: ignore[operator]
+        with _as_launched(module):
+            filled = set(module.load_weights(weights))  # type: ignore[operator]
         _refuse_unfilled(module, filled, ())  # as strict as the launch
         return
     named = _translated(module, weights)
@@ -68,6 +64,22 @@ def take(module: torch.nn.Module, weights: NamedWeights) -> None:
         _refuse_unfilled(module, filled, _MADE_AT_LAUNCH)
     else:  # a component of another library may have parameters that no checkpoint holds
         _refuse(module, "the model has nothing for", named.keys() - filled)
+
+
+def _as_launched(module: torch.nn.Module) -> AbstractContextManager[None]:
+    """Within this, the ranks that took an encoder apart at launch are those that share tensors."""
+    state = importlib.import_module(f"{_RUNTIME}.distributed.parallel_state")
+    group: Any = getattr(module, "_encoder_tp_group", None)  # from 0.5.18 on
+    if group is None:
+        base = importlib.import_module(f"{_RUNTIME}.models.encoders.base")
+        config = getattr(module, "config", None)
+        if hasattr(base, "get_folding_tp_group") and hasattr(config, "parallel_folding_mode"):
+            group = base.get_folding_tp_group(config)
+    if group is None or group is state.get_tp_group():
+        return nullcontext()
+    use = getattr(state, "use_tensor_parallel_group", None) or state.patch_tensor_parallel_group
+    within: AbstractContextManager[None] = use(group)
+    return within
 
 
 def _refuse_unfilled(module: torch.nn.Module, filled: set[str], tolerated: Iterable[str]) -> None:
@@ -85,7 +97,7 @@ def _refuse(module: torch.nn.Module, problem: str, names: set[str]) -> None:
 
 def _translated(module: torch.nn.Module, weights: NamedWeights) -> dict[str, torch.Tensor]:
     """By the names that the model has for them; parts of one are joined."""
-    names = importlib.import_module(_NAMES)
+    names = importlib.import_module(f"{_RUNTIME}.loader.utils")
     translate = names.get_param_names_mapping(getattr(module, "param_names_mapping", None) or {})
     more: dict[str, Any] = {}
     if "valid_target_names" in inspect.signature(names.hf_to_custom_state_dict).parameters:

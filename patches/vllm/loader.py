@@ -34,7 +34,9 @@ def _load_weights(
         functools.partial(wrapped, *args, **kwargs),
     )
     settings = with_engine_config(context_of("vllm").settings(), instance.load_config)
-    refusal = refusal_of(instance.load_config, config, settings)
+    refusal = refusal_of(instance.load_config, settings)
+    if config.quantization is not None and not is_stored_fp8(config):
+        refusal = refusal or f"{config.quantization} was not tested with planned loading"
     if type(instance).__name__ != "DefaultModelLoader":
         refusal = refusal or f"{type(instance).__name__} has ways of its own"
     return load.run(settings, refusal)
@@ -47,8 +49,8 @@ def with_engine_config(settings: Settings, load_config: Any) -> Settings:
     return settings.with_threads(threads)
 
 
-def refusal_of(given: Any, config: Any, settings: Settings) -> str:
-    """Why a load of this model by the engine's configuration of loads is left to it, or ''."""
+def refusal_of(given: Any, settings: Settings) -> str:
+    """Why a load by the engine's configuration of loads is left to it, or ''."""
     wanted = str(getattr(given.load_format, "value", given.load_format))
     if not settings.multithread_load:
         return "multithread load is switched off"
@@ -56,9 +58,14 @@ def refusal_of(given: Any, config: Any, settings: Settings) -> str:
         return f"--load-format {wanted} has ways of its own"
     if given.safetensors_load_strategy not in (None, "lazy"):
         return f"--safetensors-load-strategy {given.safetensors_load_strategy} was asked for"
-    if config.quantization is not None:
-        return f"{config.quantization} was not tested with planned loading"
     return ""
+
+
+def is_stored_fp8(config: Any) -> bool:
+    """Whether the checkpoint itself is in FP8, with its scales, so that a launch only copies."""
+    stored = getattr(config.hf_config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else None
+    return config.quantization == "fp8" and method == "fp8"
 
 
 PATCHES: tuple[Patch, ...] = (

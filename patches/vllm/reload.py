@@ -46,7 +46,9 @@ def _reload_weights(
     load_config = getattr(instance, "load_config", None) or instance.vllm_config.load_config
     settings = with_engine_config(context_of("vllm").settings(), load_config)
     report = report_of("vllm", model, str(call.get("weights_path") or config.model), "update")
-    refusal = refusal_of(load_config, config, settings)
+    refusal = refusal_of(load_config, settings)
+    if config.quantization is not None:
+        refusal = refusal or f"{config.quantization} was not tested with planned reloads"
     if refusal:
         report.fall_back(settings.insist(refusal))
         result = wrapped(*args, **kwargs)

@@ -23,15 +23,6 @@ _THEIR_THREADS = 4
 """The engine's default, which cannot be told from a 4 that was given."""
 
 
-def _subparser_init(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Add the options after the engine's own, whose definitions win."""
-    parser = wrapped(*args, **kwargs)
-    arguments.add_options(parser, _ENGINE)
-    return parser
-
-
 def _cmd(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -114,7 +105,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         target=f"{_SERVE}:OmniServeCommand.subparser_init",
         versions=VLLM_OMNI.versions,
-        wrapper=_subparser_init,
+        wrapper=arguments.adding(_ENGINE),
         parameters=("subparsers",),
         why="No release has `--enable-multithread-weight-load`, 0.14 and 0.16 none of the flags.",
         how="Adds to the parser of `vllm serve --omni` those that it has not.",

@@ -28,6 +28,7 @@ def make_text(folder: Path) -> None:
     for kind in TEXT:
         for seed in (1, 2):
             make_checkpoint(folder / f"{kind}-{seed}", kind, seed, head=32)
+        make_checkpoint(folder / f"{kind}-fp8", kind, 1, head=32, block_fp8=True)
 
 
 def of_vllm(version: str, folder: Path) -> dict[str, str]:
@@ -39,6 +40,7 @@ def of_vllm(version: str, folder: Path) -> dict[str, str]:
         cases[f"{kind} tp2"] = {"model": first, "tp": 2}
         if Version(version) >= RELOADS_FROM:
             cases[f"{kind} reload"] = {"model": first, "reload": second}
+        cases[f"{kind} fp8"] = {"model": str(folder / f"{kind}-fp8"), "as_stored": True}
     return _verdicts("vllm_harness.py", cases, environment.vllm(version, Path(sys.executable)))
 
 

@@ -4,7 +4,7 @@ vllm_harness.py CASES.json    see ``engines.forked``
 
 vLLM's own model classes and ``DefaultModelLoader``, without the engine around them. A case has besides:
 model, then if wanted options (of ``EngineArgs``), collect=true for a model whose loader collects the
-whole stream, as thinkers do, and reload, a path that the runner's own ``reload_weights`` loads then:
+whole stream, as thinkers do, as_stored=true for weights that no kernel touches, and reload, a path that the runner's own ``reload_weights`` loads then:
 after ``damaged``, a path that it must fail to load, and with ``asks_for_addresses`` of each weight. With
 fault, reads of the reload fail: after how many, as what (``damage``, or ``bug`` of a reader), and on which
 rank.
@@ -15,6 +15,7 @@ rank.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import sys
@@ -36,12 +37,30 @@ def collect_before_loading() -> None:
     Qwen3ForCausalLM.load_weights = lambda self, weights: load(self, list(weights))
 
 
+def leave_as_stored() -> None:
+    """Have weights in FP8 on this CPU, which has no kernels for them, and leave them as they are loaded."""
+    from vllm import _custom_ops
+    from vllm.model_executor.model_loader import base_loader
+
+    base_loader.process_weights_after_loading = lambda *_: None
+    torch.cpu._is_amx_tile_supported = lambda: True
+    _custom_ops._supports_cpu_fp8_w8a16 = True
+    kernels = (
+        "vllm.model_executor.kernels.linear.scaled_mm.cpu"  # from 0.20 on they are asked first
+    )
+    with contextlib.suppress(ImportError, AttributeError):
+        kernel = importlib.import_module(kernels).CPUFp8BlockScaledMMKernel
+        kernel.can_implement = classmethod(lambda *_: (True, None))
+
+
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load one rank of a case."""
     from vllm.engine.arg_utils import EngineArgs
 
     if case.get("collect"):
         collect_before_loading()
+    if case.get("as_stored"):
+        leave_as_stored()
     options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128}
     args = EngineArgs(model=case["model"], **options, **case.get("options", {}))
     return load(case, args.create_engine_config(), rank, port)
