@@ -25,11 +25,17 @@ def _update_weights_from_disk(
         done: tuple[bool, str] = wrapped(*args, **kwargs)
         return done
     transaction = Transaction(vote)
+    is_done, message = False, "it ended without a word"
     with within(transaction):
-        is_done, message = wrapped(*args, **kwargs)
-        if not is_done:
-            with suppress(UpdateRefused):
-                transaction.begin(message)  # the others wait for it; the first call counts
+        try:
+            is_done, message = wrapped(*args, **kwargs)
+        except Exception as error:
+            message = repr(error)
+            raise
+        finally:
+            if not is_done:
+                with suppress(UpdateRefused):
+                    transaction.begin(message)  # the others wait for it; the first call counts
     return is_done, message
 
 

@@ -115,6 +115,9 @@ class _Update:
             is_done, message = write()
         except UpdateRefused as refused:
             return False, f"Nothing is updated: {refused}. The weights before are in place."
+        except Exception as error:
+            self._transaction.end(repr(error))  # the others wait for it
+            raise
         self._transaction.end("" if is_done else message)
         if is_done and self._transaction.failure:
             return False, self._rolled_back(self._transaction.failure)
