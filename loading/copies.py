@@ -172,11 +172,10 @@ class Copies:
 
     def observed(self, func: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
         """A loader runs something on real tensors that is no copy of a lazy one."""
-        if self.ledger is not None:
-            with torch._C.DisableTorchFunction():
-                held = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
-                if self.ledger.touched(func, held):
-                    self.delivery.open_gate()  # it may write to them
+        with torch._C.DisableTorchFunction():
+            tensors = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
+            if self.ledger is not None and self.ledger.touched(func, tensors):
+                self.delivery.open_gate()  # it may write to them
         self.settle(tensors)
 
     def abort(self, reason: PlanAborted) -> PlanAborted:

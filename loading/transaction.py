@@ -35,6 +35,7 @@ class Transaction:
         self.may_have_written = False
         self._vote = vote
         self._has_voted = False
+        self._has_ended = False
         self._lock = threading.RLock()
 
     def begin(self, problem: str = "") -> None:
@@ -55,12 +56,14 @@ class Transaction:
                 raise UpdateRefused(self.failure)
 
     def end(self, problem: str = "") -> None:
-        """Tell how it went and learn how it went elsewhere; ``failure`` has it."""
+        """Tell how it went and learn how it went elsewhere; ``failure`` has it. The first call counts."""
         try:
             self.begin(problem)
         except UpdateRefused:
             return
-        self.failure = self._ask(problem or self.failure)
+        if not self._has_ended:
+            self._has_ended = True
+            self.failure = self._ask(problem or self.failure)
 
     def fail(self, problem: str) -> None:
         """Note a failure of this rank."""

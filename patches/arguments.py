@@ -135,7 +135,8 @@ def adding(engine: str) -> Wrapper:
     ) -> Any:
         result = wrapped(*args, **kwargs)
         places = (result, *args, *kwargs.values())
-        add_options(next(it for it in places if isinstance(it, argparse.ArgumentParser)), engine)
+        parsers = (item for item in places if isinstance(item, argparse.ArgumentParser))
+        add_options(next(parsers, places[1]), engine)
         return result
 
     return wrapper

@@ -90,7 +90,9 @@ def test_all_ranks_update_or_none(version: str, wan_pipelines: Path, tmp_path: P
         {"path": damaged, "early": True},
         {"path": str(tmp_path)},
     ]
-    failing = [{"path": second, "rank 1": change} for change in elsewhere]
+    failing: list[dict[str, Any]] = [{"path": second, "rank 1": change} for change in elsewhere]
+    early = {"path": second, "modules": ["text_encoder"], "early": True}
+    failing.append({**early, "rank 1": {"path": str(tmp_path)}})  # rank 0 asks while it loads
     sharing = (
         {"tensors": False, "sequences": True} if has_translation(version) else {"sequences": True}
     )

@@ -257,6 +257,21 @@ def test_copies_into_one_place_keep_their_order(save: Any, open_session: Any) ->
     assert torch.equal(target, weights["w049"])
 
 
+def test_filling_the_empty_rest_of_a_parameter_does_not_end_planning(
+    save: Any, open_session: Any
+) -> None:
+    files = save({"embedding": torch.randn(8, 4)})
+    target = torch.zeros(8, 4)
+    with open_session() as session, session.armed():
+        for _, weight in session.iterate(files):
+            target.copy_(weight)
+            target[8:].fill_(0)  # what is padded, as vocabulary embeddings do
+            assert not session.delivery.is_idle
+            target[7:].fill_(0)
+            assert session.delivery.is_idle, "what is pending is in place before it is written to"
+    assert target[:7].count_nonzero() == 28 and not target[7:].any()
+
+
 def test_only_wanted_bytes_are_read(save: Any, open_session: Any) -> None:
     (path,) = save({f"w{number}": torch.randn(1024, 256) for number in range(8)})
     target = torch.zeros(512, 256)

@@ -58,7 +58,7 @@ STAGES: dict[str, dict[str, Any]] = {
 def stage_file(version: str, path: Path, settings: dict[str, Any]) -> Path:
     """Of one diffusion stage, in the form of the release."""
     stages = "stage_args" if Version(version) < Version("0.28") else "stages"
-    stage = {"stage_id": 0, "stage_type": "diffusion"}
+    stage = {"stage_id": 0, "stage_type": "diffusion", "runtime": {}}
     written = {stages: [{**stage, "engine_args": {"model_stage": "dit", **settings}}]}
     path.write_text(json.dumps(written))  # which is YAML too
     return path

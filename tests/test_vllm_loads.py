@@ -11,6 +11,7 @@ import pytest
 from engines import environment
 from engines.checkpoints import make_checkpoint
 from engines.runs import Runs, run_cases
+from engines.verdicts import RELOADS_FROM
 from packaging.version import Version
 
 ASKED = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1"}
@@ -100,7 +101,7 @@ def run(version: str, folder: Path) -> Runs:
 
 def can_reload(version: str) -> bool:
     """Whether the engine reloads module by module; before, it loads once more as at launch."""
-    return Version(version) >= Version("0.18")
+    return Version(version) >= RELOADS_FROM
 
 
 # One test a release: each worker that has one of it imports the engine and runs all cases.

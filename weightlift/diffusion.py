@@ -19,7 +19,7 @@ def update_weights_from_disk(
     """Update a pipeline in place from another checkpoint of its kind: all of its modules, or none.
 
     Releases from 0.5.9 on have this themselves, and are asked to do it; in those before weightlift does.
-    Every rank of the pipeline has to call it, for they agree to update or not to.
+    Every rank of the pipeline has to call it; with parallel module load they agree to update or not to.
 
     Args:
         pipeline: The engine's, with its components loaded.

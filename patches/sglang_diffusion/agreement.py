@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.loading.errors import UpdateRefused
-from weightlift.loading.transaction import Transaction, within
+from weightlift.loading.transaction import Transaction, Vote, within
 from weightlift.patches.sglang_diffusion.components import rank
 from weightlift.patches.sglang_diffusion.updates import NEW, OLD
 
@@ -24,7 +22,7 @@ def _update_weights_from_disk(
     if not context_of("sglang").settings().parallel_module_load:
         done: tuple[bool, str] = wrapped(*args, **kwargs)
         return done
-    transaction = Transaction(vote)
+    transaction = Transaction(voter())
     is_done, message = False, "it ended without a word"
     with within(transaction):
         try:
@@ -33,23 +31,28 @@ def _update_weights_from_disk(
             message = repr(error)
             raise
         finally:
-            if not is_done:
-                with suppress(UpdateRefused):
-                    transaction.begin(message)  # the others wait for it; the first call counts
+            transaction.end("" if is_done else message)  # the others wait, if it has not been told
     return is_done, message
 
 
-def vote(problem: str) -> list[str]:
-    """This rank's problem and those of the others, along the groups in which requests travel."""
-    problems = {rank(): problem}
-    distributed = importlib.import_module("sglang.multimodal_gen.runtime.distributed")
-    for name in ("get_sp_group", "get_cfg_group", "get_tp_group"):
-        group = getattr(distributed, name)()
-        if group.world_size > 1:
-            told: list[Any] = [None] * group.world_size
-            torch.distributed.all_gather_object(told, problems, group=group.cpu_group)
-            problems = {number: text for each in told for number, text in each.items()}
-    return [problems[number] for number in sorted(problems)]
+def voter() -> Vote:
+    """How ranks tell each other their problems, along the groups in which requests travel.
+
+    The groups are those of now: while an encoder takes weights, its ranks are the tensor-parallel group.
+    """
+    state = importlib.import_module("sglang.multimodal_gen.runtime.distributed.parallel_state")
+    groups = [state.get_sp_group(), state.get_cfg_group(), state.get_tp_group()]
+
+    def vote(problem: str) -> list[str]:
+        problems = {rank(): problem}
+        for group in groups:
+            if group.world_size > 1:
+                told: list[Any] = [None] * group.world_size
+                torch.distributed.all_gather_object(told, problems, group=group.cpu_group)
+                problems = {number: text for each in told for number, text in each.items()}
+        return [problems.get(number, "") for number in range(max(problems) + 1)]
+
+    return vote
 
 
 def _record(module: str, versions: str) -> Patch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from weightlift.compat.context import context_of
-from weightlift.loading.errors import UpdateRefused, WeightliftError
+from weightlift.loading.errors import WeightliftError
 from weightlift.loading.read_ahead import shards_in
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.transaction import Transaction
 from weightlift.patches import SGLANG_DIFFUSION
-from weightlift.patches.sglang_diffusion.agreement import vote
+from weightlift.patches.sglang_diffusion.agreement import voter
 from weightlift.patches.sglang_diffusion.components import rank
 from weightlift.patches.sglang_diffusion.modules import is_apart, take
 
@@ -52,15 +51,14 @@ def update(pipeline: Any, path: Path, names: Iterable[str] | None) -> tuple[bool
     items = pipeline.modules.items()
     modules: Modules = {name: item for name, item in items if isinstance(item, torch.nn.Module)}
     wanted = list(modules) if names is None else list(names)
-    problem, transaction = _obstacle(path, modules, wanted), Transaction(vote)
+    problem, transaction = _obstacle(path, modules, wanted), Transaction(voter())
     if problem:
-        with suppress(UpdateRefused):
-            transaction.begin(problem)
+        transaction.end(problem)
         return False, f"{problem}. The weights before are in place."
     chosen = {name: modules[name] for name in wanted}
     folders = {name: path / name for name in wanted}
     failure, was_written = _apply(chosen, folders, transaction.begin)
-    transaction.end("" if failure is None else str(failure))
+    transaction.end("" if failure is None else str(failure) or repr(failure))
     if transaction.failure:
         if was_written:
             _roll_back(pipeline, chosen, transaction.failure)

@@ -110,18 +110,22 @@ class _Update:
         self._transaction = transaction
 
     def agreed(self, write: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
-        """Write, and have the weights before again if another rank could not."""
+        """Write, and have the weights before again if this rank or another could not."""
         try:
             is_done, message = write()
         except UpdateRefused as refused:
-            return False, f"Nothing is updated: {refused}. The weights before are in place."
-        except Exception as error:
-            self._transaction.end(repr(error))  # the others wait for it
-            raise
+            reason = str(refused).rstrip(".")
+            return False, f"Nothing is updated: {reason}. The weights before are in place."
+        except Exception as error:  # noqa: BLE001 - told as the engine tells its own
+            is_done, message = False, _rolled_back(error)
         self._transaction.end("" if is_done else message)
-        if is_done and self._transaction.failure:
-            return False, self._rolled_back(self._transaction.failure)
-        return is_done, message
+        if not self._transaction.failure:
+            return is_done, message
+        message = message if not is_done else _rolled_back(self._transaction.failure)
+        logger.error("weightlift: %s", message)
+        if self._transaction.may_have_written:
+            self._updater._rollback(list(self._modules))
+        return False, message
 
     def by_engine(self) -> tuple[bool, str]:
         """Let the engine update, once all ranks can.
@@ -130,10 +134,10 @@ class _Update:
             UpdateRefused: One cannot.
         """
         self._transaction.begin()
-        return self._apply()
+        return self._applied()
 
     def by_plan(self, settings: Settings, report: LoadReport) -> tuple[bool, str]:
-        """Plan, then write; on failure half way the engine's roll-back brings the old weights.
+        """Plan, then write.
 
         Raises:
             UpdateRefused: A rank cannot. Nothing was written.
@@ -145,42 +149,34 @@ class _Update:
         is_planned, message = False, ""
         try:
             with session:
-                with session.armed(), shadowed(self._updater, "_rollback", _leave_alone):
-                    is_planned, message = self._apply()
+                with session.armed():
+                    is_planned, message = self._applied()
                 if is_planned:
                     session.finish(torch.nn.ModuleList(self._modules.values()))
-        except UpdateRefused:
-            raise
-        except Exception as error:  # noqa: BLE001 - told as the engine tells its own
+        except Exception:
             if session.aborted is None:
-                return False, self._rolled_back(error)
-        was_written = not session.delivery.is_gated  # a loader worked with data
+                raise
         if session.aborted is None and (is_planned or report.plan_note):
-            if was_written and not is_planned:
-                self._updater._rollback(list(self._modules))
             return is_planned, message
-        is_done, message = self._again(str(session.aborted or message), report)
-        if was_written and not is_done:
-            self._updater._rollback(list(self._modules))
-        return is_done, message
+        # Perhaps it is for the lazy tensors; what is not fails again.
+        begin()
+        report.fall_back(str(session.aborted or message))
+        logger.warning("weightlift: updated again by the engine: %s", report.fallback_reason)
+        return self._applied()
 
-    def _again(self, reason: str, report: LoadReport) -> tuple[bool, str]:
-        """By the engine. Perhaps it was for the lazy tensors; what was not fails again."""
-        self._transaction.begin()
-        report.fall_back(reason)
-        logger.warning("weightlift: updated again by the engine: %s", reason)
-        return self._apply()
+    def _applied(self) -> tuple[bool, str]:
+        """What the engine does, but for its roll-back: all ranks roll back together, or none."""
+        with shadowed(self._updater, "_rollback", _leave_alone):
+            return self._apply()
 
-    def _rolled_back(self, failure: object) -> str:
-        """Bring the weights before back; what to say of it."""
-        self._updater._rollback(list(self._modules))
-        told = f"Failed to update weights: {failure}."
-        logger.error("weightlift: %s", told)
-        return f"{told} All modules rolled back to original weights."
+
+def _rolled_back(failure: object) -> str:
+    reason = (str(failure) or repr(failure)).rstrip(".")
+    return f"Failed to update weights: {reason}. All modules rolled back to original weights."
 
 
 def _leave_alone(original: Callable[..., Any], updated_modules: list[str]) -> None:
-    """In place of the engine's roll-back, while nothing is written."""
+    """In place of the engine's roll-back."""
 
 
 def _load_into_module(

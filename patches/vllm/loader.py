@@ -62,10 +62,12 @@ def refusal_of(given: Any, settings: Settings) -> str:
 
 
 def is_stored_fp8(config: Any) -> bool:
-    """Whether the checkpoint itself is in FP8, with its scales, so that a launch only copies."""
+    """Whether the checkpoint itself is in FP8, with a scale for each block, as DeepSeek-V3's is."""
     stored = getattr(config.hf_config, "quantization_config", None)
-    method = stored.get("quant_method") if isinstance(stored, Mapping) else None
-    return config.quantization == "fp8" and method == "fp8"
+    if config.quantization != "fp8" or not isinstance(stored, Mapping):
+        return False
+    is_plain = stored.get("quant_method") == "fp8" and not stored.get("store_dtype")
+    return is_plain and bool(stored.get("weight_block_size"))
 
 
 PATCHES: tuple[Patch, ...] = (

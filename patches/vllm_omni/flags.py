@@ -74,20 +74,21 @@ def _omni_init(
         wrapped(*args, **kwargs)
 
 
-def _build_od_config(
+def _init_stage_worker(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Keep what the stage's YAML file says, unless the command line said otherwise.
+) -> None:
+    """Start the process of a stage with what its YAML file says, unless it was said elsewhere.
 
     Raises:
         ValueError: A value makes no sense.
     """
-    stage: Mapping[str, Any] = args[0] if args else kwargs["engine_args"]
-    fields = {"multithread_load": _SWITCH, "num_load_threads": _THREADS}
+    stage = instance.engine_args
+    theirs = _theirs({name: stage.pop(name) for name in (_SWITCH, _THREADS) if name in stage})
     asked = context_of(_ENGINE).settings().asked
-    given = {name: stage.get(field) for name, field in fields.items() if name not in asked}
-    arguments.keep({name: value for name, value in given.items() if value is not None}, _ENGINE)
-    return wrapped(*args, **kwargs)
+    with arguments.put_back(_ENGINE):
+        given = {name: value for name, value in theirs.items() if name not in asked}
+        arguments.keep(given, _ENGINE)
+        wrapped(*args, **kwargs)
 
 
 def _has_fields() -> bool:
@@ -122,12 +123,12 @@ PATCHES: tuple[Patch, ...] = (
         **_NOTES,
     ),
     Patch(
-        target="vllm_omni.entrypoints.omni_stage:_build_od_config",
+        target="vllm_omni.entrypoints.omni_stage:OmniStage.init_stage_worker",
         versions="<0.18",
-        wrapper=_build_od_config,
-        parameters=("engine_args", "model"),
+        wrapper=_init_stage_worker,
+        parameters=("model",),
         why="0.14 and 0.16 drop what a stage's YAML file says of the loading of weights.",
-        how="Puts it into the environment of the stage's process, which its workers inherit.",
+        how="Puts it into the environment in which the stage's process is started.",
         **_NOTES,
     ),
     *(

@@ -43,7 +43,8 @@ def _load_model(
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     config = call.get("od_config") or instance.od_config
     with ReadAhead(lambda: False, page_cache_share()) as ahead:
-        if context_of("vllm_omni").settings().multithread_load and _is_first_of_host():
+        settings = context_of("vllm_omni").settings()
+        if settings.multithread_load and not _is_off(config, settings) and _is_first_of_host():
             ahead.add(_shards(str(config.model)))
         _aheads.append(ahead)
         try:
@@ -102,6 +103,12 @@ def _tell(config: Any, settings: Settings) -> None:
             setattr(config, theirs, getattr(settings, option))
 
 
+def _is_off(config: Any, settings: Settings) -> bool:
+    """Whether the stage's configuration switches it off, and nobody said otherwise."""
+    is_off = getattr(config, "enable_multithread_weight_load", True) is False
+    return is_off and "multithread_load" not in settings.asked
+
+
 def _threads(config: Any) -> int | None:
     """The readers that the user chose through the engine's own flag, if any."""
     threads = getattr(config, "num_weight_load_threads", None)
@@ -112,7 +119,7 @@ def _refusal(call: Any, config: Any, settings: Settings) -> str:
     """Why this load is left to the engine, or ''."""
     if not settings.multithread_load:
         return "multithread load is switched off"
-    if getattr(config, "enable_multithread_weight_load", True) is False:
+    if _is_off(config, settings):
         return "multithread load is switched off in the stage's configuration"
     if call.get("stream_online_quant_to_cpu"):
         return "its layers are quantised and moved one by one"

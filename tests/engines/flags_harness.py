@@ -12,9 +12,11 @@ stages, a YAML file of a stage: told is what its diffusion configuration and its
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
+import types
 from typing import Any
 
 from engines.forked import run_cases
@@ -78,26 +80,36 @@ def stage_of(path: str) -> dict[str, Any]:
     """The first stage of a file, read as the release reads such files."""
     utils = importlib.import_module("vllm_omni.entrypoints.utils")
     if hasattr(utils, "load_stage_configs_from_yaml"):
-        found = utils.load_stage_configs_from_yaml(path)[0].engine_args
+        (config,) = utils.load_stage_configs_from_yaml(path)
+        stage = config.engine_args
     else:
-        found = vars(
-            importlib.import_module("vllm_omni.config.stage_config")
-            .load_deploy_config(path)
-            .stages[0]
-        )
-    stage = {name: found[name] for name in found}
+        module = importlib.import_module("vllm_omni.config.stage_config")
+        (config,) = module.load_deploy_config(path).stages
+        stage = vars(config)
     data = importlib.import_module("vllm_omni.diffusion.data")
     known = [name for name in LOADING if hasattr(data.OmniDiffusionConfig, name)]
-    if not known:  # the process of a stage
-        omni_stage = importlib.import_module("vllm_omni.entrypoints.omni_stage")
-        assert not set(LOADING) & set(omni_stage._build_od_config(stage, "model"))
-    return {"fields": {name: stage[name] for name in known if stage.get(name) is not None}}
+    if known:
+        fields = {name: stage[name] for name in known if stage.get(name) is not None}
+        return {"fields": fields, "environ": inherited()}
+    module = importlib.import_module("vllm_omni.entrypoints.omni_stage")
+    found = []
+    for is_async in (False, True):
+        (config,) = utils.load_stage_configs_from_yaml(path)
+        worker, seen = module.OmniStage(config), dict[str, Any]()
+        worker.attach_queues(object(), object())
+        context = types.SimpleNamespace(Process=stopping(seen))
+        with contextlib.suppress(Stop):
+            worker.init_stage_worker("model", is_async=is_async, ctx=context)
+        assert not set(LOADING) & set(worker.engine_args), "the stage's engine would refuse them"
+        found.append(seen["environ"])
+    assert found[0] == found[1] and not inherited(), "they hold for that stage alone"
+    return {"fields": {}, "environ": found[0]}
 
 
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """One command line, one call or one file."""
     if "stages" in case:
-        return {**stage_of(case["stages"]), "environ": inherited()}
+        return stage_of(case["stages"])
     if "argv" in case:
         package = "vllm_omni" if case.get("omni") else "vllm"
         module = importlib.import_module(f"{package}.entrypoints.cli.serve")

@@ -4,8 +4,8 @@ vllm_harness.py CASES.json    see ``engines.forked``
 
 vLLM's own model classes and ``DefaultModelLoader``, without the engine around them. A case has besides:
 model, then if wanted options (of ``EngineArgs``), collect=true for a model whose loader collects the
-whole stream, as thinkers do, as_stored=true for weights that no kernel touches, and reload, a path that the runner's own ``reload_weights`` loads then:
-after ``damaged``, a path that it must fail to load, and with ``asks_for_addresses`` of each weight. With
+whole stream, as thinkers do, as_stored=true for weights that no kernel here can process, and reload, a
+path that the runner's own ``reload_weights`` loads then: after ``damaged``, a path that it must fail to load, and with ``asks_for_addresses`` of each weight. With
 fault, reads of the reload fail: after how many, as what (``damage``, or ``bug`` of a reader), and on which
 rank.
 """
@@ -37,12 +37,16 @@ def collect_before_loading() -> None:
     Qwen3ForCausalLM.load_weights = lambda self, weights: load(self, list(weights))
 
 
+stored: list[str] = []
+"""What models hold when the engine would go on to process it."""
+
+
 def leave_as_stored() -> None:
-    """Have weights in FP8 on this CPU, which has no kernels for them, and leave them as they are loaded."""
+    """Have weights in FP8 on this CPU, which has no kernels for them; what is loaded is told, and left so."""
     from vllm import _custom_ops
     from vllm.model_executor.model_loader import base_loader
 
-    base_loader.process_weights_after_loading = lambda *_: None
+    base_loader.process_weights_after_loading = lambda model, *_: stored.append(state_hash(model))
     torch.cpu._is_amx_tile_supported = lambda: True
     _custom_ops._supports_cpu_fp8_w8a16 = True
     kernels = (
@@ -102,7 +106,8 @@ def load(case: dict[str, Any], config: Any, rank: int, port: int) -> dict[str, A
                     raise
                 absent = [name for name, item in model.named_parameters() if item.is_meta]
                 return {"absent": len(absent)}
-        return {"hash": state_hash(model), "parameters": len(list(model.parameters()))}
+        found = stored[-1] if case.get("as_stored") else state_hash(model)
+        return {"hash": found, "parameters": len(list(model.parameters()))}
 
 
 def reload_weights(config: Any, model: torch.nn.Module, path: str) -> None:
