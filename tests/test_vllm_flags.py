@@ -39,6 +39,13 @@ SAID: dict[str, dict[str, str]] = {
     "threads by keyword": {"WEIGHTLIFT_NUM_LOAD_THREADS": "7"},
 }
 
+COMMANDS = ("vllm", "omni")
+ENGINES: dict[str, dict[str, Any]] = {
+    "vllm": {},
+    "omni": {"omni": True},
+    "async omni": {"omni": True, "async": True},  # what `vllm serve --omni` makes
+}
+
 pytestmark = pytest.mark.engine
 
 
@@ -69,9 +76,8 @@ def run(version: str, folder: Path) -> tuple[Runs, Path]:
     model = folder / "model"
     run_harness("omni_harness.py", ["make", "qwenimage", model, 1, 96], *omni_and_vllm("0.30.0"))
     cases: list[dict[str, Any]] = []
-    for engine in ("vllm", "omni"):
-        case = {"omni": engine == "omni"}
-        for name, argv in COMMAND_LINES.items():
+    for engine, case in ENGINES.items():
+        for name, argv in COMMAND_LINES.items() if engine in COMMANDS else ():
             cases.append({**case, "name": f"{engine} {name}", "argv": [str(model), *argv]})
         for name, keywords in KEYWORDS.items():
             given = {"model": str(model), **keywords}
@@ -84,14 +90,16 @@ def run(version: str, folder: Path) -> tuple[Runs, Path]:
 
 def test_options_reach_what_loads(version: str, tmp_path: Path) -> None:
     runs, model = run(version, tmp_path)
-    for engine in ("vllm", "omni"):
-        for name, said in SAID.items():
+    for engine in ENGINES:
+        for name in KEYWORDS:
             (told,) = runs.told[f"{engine} {name}"]
-            assert told.get("environ") == said, told
-            if "keyword" in name:
-                assert told["after"] == {}, "it holds for that engine alone"
-            else:
-                assert told["left_over"] == [], "the engine would find what it does not know"
+            assert told.get("environ") == SAID[name], told
+            assert told["after"] == {}, "it holds for that engine alone"
+    for engine in COMMANDS:
+        for name in COMMAND_LINES.keys() & SAID.keys():
+            (told,) = runs.told[f"{engine} {name}"]
+            assert told.get("environ") == SAID[name], told
+            assert told["left_over"] == [], "the engine would find what it does not know"
         assert "error" in runs.told[f"{engine} no threads"][0]
     (told,) = runs.told["omni on and off"]
     has_own_flags = version not in ("0.14.0", "0.16.0")

@@ -3,7 +3,7 @@
 flags_harness.py CASES.json    see ``engines.forked``
 
 A case has argv, what follows ``vllm serve``; or keywords, of ``LLM`` or ``Omni``; and omni=true for
-vLLM-Omni. The engine is stopped where it would start processes; what they would inherit is told. Or it has
+vLLM-Omni, async=true for its ``AsyncOmni``. The engine is stopped where it would start processes; what they would inherit is told. Or it has
 stages, a YAML file of a stage: told is what its diffusion configuration and its workers would be given.
 """
 
@@ -118,17 +118,18 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     if not case.get("omni"):
         module = importlib.import_module("vllm.entrypoints.llm")
         return construct(case["keywords"], module, "EngineArgs", module.LLM)
-    from vllm_omni.entrypoints.omni import Omni
-
+    maker: Any = importlib.import_module("vllm_omni.entrypoints.omni").Omni
+    if case.get("async"):
+        maker = importlib.import_module("vllm_omni.entrypoints.async_omni").AsyncOmni
     # What starts the stages: a method up to 0.16 and from 0.30, a class between
-    base = next(each for each in Omni.__mro__ if each.__name__ == "OmniBase")
+    base = next(each for each in maker.__mro__ if each.__name__ == "OmniBase")
     for holder, name in (
         (base, "_initialize_stages"),
         (base, "_create_engine"),
         (sys.modules[base.__module__], "AsyncOmniEngine"),
     ):
         if hasattr(holder, name):
-            return construct(case["keywords"], Omni if holder is base else holder, name, Omni)
+            return construct(case["keywords"], maker if holder is base else holder, name, maker)
     raise AssertionError(f"{base} starts its stages in some other way")
 
 
