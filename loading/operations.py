@@ -95,7 +95,7 @@ ESCAPES = frozenset(
 )
 """Needs the memory itself, or changes the tensor's own shape."""
 
-_BLIND = frozenset({*VIEWS, *GETTERS, *DTYPE_GETTERS, *DEVICE_GETTERS}) - MAY_COPY
+_BLIND = VIEWS - MAY_COPY
 _IN_PLACE_OPERATORS = frozenset(
     f"__i{name}__"
     for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
@@ -121,6 +121,8 @@ def is_basic(key: Any) -> bool:
 
 def sees_no_data(func: Function, args: tuple[Any, ...]) -> bool:
     """Whether this operation never looks at the data of its arguments."""
+    if func in DESCRIPTIONS:
+        return True
     if func not in _BLIND:
         return False
     if len(args) == 1:

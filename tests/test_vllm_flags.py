@@ -39,6 +39,10 @@ SAID: dict[str, dict[str, str]] = {
     "threads by keyword": {"WEIGHTLIFT_NUM_LOAD_THREADS": "7"},
 }
 
+STAGES: dict[str, dict[str, Any]] = {
+    "stage of 7": {"enable_multithread_weight_load": True, "num_weight_load_threads": 7},
+    "stage off": {"enable_multithread_weight_load": False},
+}
 COMMANDS = ("vllm", "omni")
 ENGINES: dict[str, dict[str, Any]] = {
     "vllm": {},
@@ -54,12 +58,6 @@ def version(request: pytest.FixtureRequest) -> str:
     """Of vLLM-Omni."""
     found: str = request.param
     return found
-
-
-STAGES: dict[str, dict[str, Any]] = {
-    "stage of 7": {"enable_multithread_weight_load": True, "num_weight_load_threads": 7},
-    "stage off": {"enable_multithread_weight_load": False},
-}
 
 
 def stage_file(version: str, path: Path, settings: dict[str, Any]) -> Path:

@@ -227,8 +227,6 @@ def main(path: str) -> None:
     platform_for_loading()
     import vllm_omni.diffusion.model_loader.diffusers_loader  # noqa: F401
 
-    if not torch.accelerator.is_available():
-        torch.accelerator.empty_cache = lambda: None
     run_cases(path, run)
 
 

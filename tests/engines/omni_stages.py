@@ -139,8 +139,6 @@ def main(path: str) -> None:
     import vllm.model_executor.model_loader  # noqa: F401
     import vllm_omni.engine.arg_utils  # noqa: F401
 
-    if not torch.accelerator.is_available():
-        torch.accelerator.empty_cache = lambda: None
     run_cases(path, run)
 
 

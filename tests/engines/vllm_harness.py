@@ -174,8 +174,6 @@ def main(path: str) -> None:
     import vllm.model_executor.model_loader
     import vllm.model_executor.models.qwen3  # noqa: F401
 
-    if not torch.accelerator.is_available():  # 0.32 calls it without asking whether there is one
-        torch.accelerator.empty_cache = lambda: None
     run_cases(path, run)
 
 
