@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +29,20 @@ from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.files import Way
 from weightlift.loading.ring import SharedRing
-from weightlift.loading.worker import CLOSED, DONE, JOB, READY
+from weightlift.loading.worker import (
+    CLOSE,
+    CLOSED,
+    DONE,
+    FILE,
+    JOB,
+    JOB_BYTES,
+    JOBS,
+    LINE,
+    NUMBER,
+    READY,
+    Reader,
+    Words,
+)
 
 logger = logging.getLogger("weightlift")
 
@@ -39,6 +52,12 @@ START_SECONDS = 20.0
 ANSWER_SECONDS = 5.0
 """Readers without work that have not answered by then are given up."""
 
+_NUMBERS: Final = array.array("I", [*range(JOBS), *range(LINE)]).tobytes()
+"""Those of jobs, one after the other; after the last comes the first."""
+
+MOST_FILES: Final = 100
+"""Descriptors that may wait for a reader that has needed none of them."""
+
 _ANSWERS = 256
 # A call that keeps the interpreter lock: to get it back from an engine that plans takes 5 ms.
 _LIBC: Final = ctypes.PyDLL(None, use_errno=True)
@@ -46,7 +65,7 @@ _QUIETLY = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 
 
 class Crew:
-    """Readers and their slots of shared memory.
+    """Readers, and the memory that windows of files are read into, slot by slot.
 
     Args:
         spec: What they are to be like.
@@ -55,7 +74,7 @@ class Crew:
         spec: What they were to be like.
         in_processes: Whether they are processes.
         ring: The memory of all slots.
-        addresses: Where each slot begins.
+        words: What is read, and what is free; see :class:`~weightlift.loading.worker.Words`.
 
     Raises:
         OSError: The host has no such memory.
@@ -63,25 +82,26 @@ class Crew:
 
     def __init__(self, spec: CrewSpec) -> None:
         self.spec = spec
-        nbytes = spec.slots * spec.slot_bytes
-        self.ring = SharedRing(nbytes)
+        self.ring = SharedRing(spec.memory_bytes)
+        self.words = Words(self.ring.view, spec.slots)
+        self._slot_bytes, self._part_bytes = spec.slot_bytes, spec.part_bytes
         self.in_processes = spec.in_processes
-        first = self.ring.memory.data_ptr()
-        self.addresses = range(first, first + nbytes, spec.slot_bytes)
-        self._ours: list[socket.socket] = []
+        self._next = spec.slots
+        self._job = 0
+        self._jobs = -1
+        self._own: list[socket.socket] = []
         self._theirs: list[socket.socket] = []
-        self._known: list[set[int]] = []
+        self._known: set[int] = set()
         self._files: dict[int, int] = {}
         self._threads: list[threading.Thread] = []
         self._process: subprocess.Popen[bytes] | None = None
-        self._answers = self._done = -1
+        self._answers = self._done = self._listened = -1
         self._poller = select.poll()
-        self._buffer = ctypes.create_string_buffer(_ANSWERS * DONE.size)
 
     @property
     def is_started(self) -> bool:
         """Whether it has readers."""
-        return bool(self._ours)
+        return self._jobs >= 0
 
     def start(self) -> None:
         """Have all readers ready, and the memory page-locked.
@@ -105,103 +125,127 @@ class Crew:
         if self.spec.pinned:  # the readers have touched its pages
             self.ring.pin()
 
-    def ask(self, slot: int, way: Way, start: int, length: int) -> None:
-        """Have bytes of a file read into a slot; :meth:`answers` tells when they are.
+    def ask(self, way: Way, plain: Way, start: int, stop: int) -> tuple[int, int, int]:
+        """Have a window read as soon as its slot is free; the words tell when it is.
+
+        Of those asked for and not freed again there are at most :attr:`CrewSpec.most_windows`.
 
         Args:
-            slot: Where to, and by that who reads. Nothing of it is under way.
-            way: The file.
-            start: First byte.
-            length: How many: some, and at most what a slot holds.
+            way: How to read the file.
+            plain: How to read it where that fails.
+            start: The first byte of the window.
+            stop: The byte after its last.
+
+        Returns:
+            The window's number, in how many parts it is read, and where its bytes will be: a place
+            in the memory.
 
         Raises:
-            PlanAborted: The reader is gone.
+            PlanAborted: The readers are gone.
         """
-        reader, place = slot % self.spec.readers, slot * self.spec.slot_bytes
-        job = JOB.pack(start, length, place, way.most, way.number, slot)
-        known = self._known[reader]
-        if way.number in known or not self.in_processes:
-            self._files[way.number] = way.descriptor
-            self._send(reader, job)
-            return
-        along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [way.descriptor]))]
-        try:
-            self._ours[reader].sendmsg([job], along, _QUIETLY)
-        except OSError as error:
-            raise _gone(str(error)) from error
-        known.add(way.number)
+        if not {way.number, plain.number} <= self._known:
+            self._introduce({way.number: way, plain.number: plain})
+        window, self._next = self._next, self._next + 1
+        place, first = window % self.spec.slots * self._slot_bytes, start - start % way.alignment
+        count, table = 0, self.words.jobs
+        for position, *lengths in parts_of(start, stop, way.alignment, self._part_bytes):
+            job = (position, lengths[0], place + position - first, lengths[1], way.most)
+            record = (self._job + count) % JOBS * JOB_BYTES
+            JOB.pack_into(table, record, *job, way.number, plain.number, window, count)
+            count += 1
+        self._send(_NUMBERS[self._job * NUMBER.size : (self._job + count) * NUMBER.size])
+        self._job = (self._job + count) % JOBS
+        return window, count, place + start - first
 
-    def answers(self) -> list[tuple[int, int]]:
-        """Slots whose jobs are done, and how many bytes each got; waits until there are some.
+    def check(self) -> None:
+        """See that no reader is gone.
 
         Raises:
-            PlanAborted: A reader is gone.
+            PlanAborted: One is.
         """
-        return [(number, got) for _, number, got in self._receive()]
+        if any(happened & ~select.POLLIN for _, happened in self._poller.poll(0)):
+            raise _gone("its socket is closed")
 
-    def close_files(self) -> None:
-        """Return once no reader has a file open. Nothing is under way.
+    def close_files(self, seconds: float | None = ANSWER_SECONDS) -> None:
+        """Return once no reader has a file open.
+
+        Args:
+            seconds: To wait for; None while reads may be under way.
 
         Raises:
             PlanAborted: A reader is gone, or does not answer.
         """
-        for reader in range(self.spec.readers):
-            self._send(reader, JOB.pack(0, 0, 0, 1, 0, CLOSED))
-        self._await(CLOSED, ANSWER_SECONDS)
+        self._known.clear()
         self._files.clear()
-        for known in self._known:
-            known.clear()
+        if self._own:
+            self._send(NUMBER.pack(CLOSE) * len(self._own))
+            self._await(CLOSED, seconds)
+        self._tell_each(FILE.pack(0))
 
     def stop(self) -> None:
         """End the readers. The memory stays."""
-        for end in self._ours:
-            end.close()
+        self._close_own()
         for thread in self._threads:
             thread.join()
-        for end in self._theirs:
-            end.close()
+        self._close_all()
         if self._process is not None:
             _end(self._process)
-        _close(self._answers, self._done)
-        self._ours, self._theirs, self._known, self._threads = [], [], [], []
-        self._process = None
-        self._answers = self._done = -1
+        self._known.clear()
+        self._threads, self._process = [], None
 
     def release(self) -> int:
         """End the readers and free the memory; returns its bytes."""
         self.stop()
+        self.words = Words(memoryview(b""), 0)
         return self.ring.release()
 
     def forget(self) -> None:
         """In a forked child: let go of what is the parent's."""
-        for end in (*self._ours, *self._theirs):
-            end.close()
-        _close(self._answers, self._done)
-        self._ours, self._theirs, self._answers, self._done = [], [], -1, -1
+        self._close_all()
         self.ring.forget()
+
+    def _close_own(self) -> None:
+        """What the readers see the end of."""
+        for end in self._own:
+            end.close()
+        _close(self._jobs)
+        self._own, self._jobs = [], -1
+
+    def _close_all(self) -> None:
+        self._close_own()
+        for end in self._theirs:
+            end.close()
+        _close(self._answers, self._done, self._listened)
+        self._theirs, self._answers, self._done, self._listened = [], -1, -1, -1
 
     def _start(self, have_readers: Callable[[], None]) -> None:
         self._answers, self._done = os.pipe()
-        os.set_blocking(self._answers, False)
+        self._listened, self._jobs = os.pipe()
         self._poller = select.poll()
         self._poller.register(self._answers, select.POLLIN)
-        for _ in range(self.spec.readers):
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._ours.append(ours)
-            self._theirs.append(theirs)
-            self._known.append(set())
-            self._poller.register(ours, 0)  # tells of its end alone
+        self._poller.register(self._jobs, 0)  # tells of its end alone
         have_readers()
         self._await(READY, START_SECONDS)
+        self.words.reset()  # the readers have touched the memory
+        self._next = self.spec.slots
+
+    def _open_socket(self) -> socket.socket:
+        """Our end of a new socket, watched; the other is theirs."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._theirs.append(theirs)
+        self._poller.register(ours, 0)
+        return ours
 
     def _start_processes(self) -> None:
         if not sys.executable or self.ring.descriptor < 0:
             raise OSError("there is no Python to run them, or no memory to share")
-        sockets = [end.fileno() for end in self._theirs]
-        descriptors = [self.ring.descriptor, self._done, *sockets]
+        self._own = [self._open_socket() for _ in range(self.spec.readers)]
+        theirs = [end.fileno() for end in self._theirs]
+        descriptors = [self.ring.descriptor, self._done, self._listened, *theirs]
+        numbers = [descriptors[0], self.spec.slots, *descriptors[1:]]
         libraries = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(worker.__file__)), *map(str, descriptors)],
+            [sys.executable, "-I", "-S", str(Path(worker.__file__)), *map(str, numbers)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -211,42 +255,77 @@ class Crew:
         )
         for end in self._theirs:  # or nobody hears when a reader's own is closed
             end.close()
-        _close(self._done)
-        self._theirs, self._done = [], -1
+        _close(self._done, self._listened)
+        self._theirs, self._done, self._listened = [], -1, -1
 
     def _start_threads(self) -> None:
         """Threads share the descriptors of this process; a copy for each could be too many."""
         worker.touch(self.ring.view)
-        for number, jobs in enumerate(self._theirs):
+        for number in range(self.spec.readers):
+            reader = Reader(
+                number, self._listened, None, self._done, self.ring.view, self.spec.slots
+            )
+            reader.files = self._files
             thread = threading.Thread(
-                target=worker.serve,
-                args=(number, jobs, self._done, self.ring.view, self._files),
-                name=f"weightlift-reader-{number}",
-                daemon=True,
+                target=reader.serve, name=f"weightlift-reader-{number}", daemon=True
             )
             thread.start()
             self._threads.append(thread)
 
-    def _send(self, reader: int, message: bytes) -> None:
-        if _LIBC.send(self._ours[reader].fileno(), message, JOB.size, _QUIETLY) < 0:
+    def _introduce(self, ways: dict[int, Way]) -> None:
+        """Have the readers know these files."""
+        if ways.keys() <= self._known:
+            return
+        if self._own and len(self._known) > MOST_FILES:
+            self.close_files(None)
+        for number in ways.keys() - self._known:
+            self._files[number] = descriptor = ways[number].descriptor
+            along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+            self._tell_each(FILE.pack(number), along)
+            self._known.add(number)
+
+    def _tell_each(
+        self, message: bytes, along: Sequence[tuple[int, int, array.array[int]]] = ()
+    ) -> None:
+        try:
+            for own in self._own:
+                own.sendmsg([message], along, _QUIETLY)
+        except OSError as error:
+            raise _gone(str(error)) from error
+
+    def _send(self, numbers: bytes) -> None:
+        if _LIBC.write(self._jobs, numbers, len(numbers)) < len(numbers):
             raise _gone(os.strerror(ctypes.get_errno()))
 
-    def _await(self, number: int, seconds: float) -> None:
+    def _await(self, answer: int, seconds: float | None) -> None:
         """Return once each reader has given this answer."""
-        until, waiting = time.monotonic() + seconds, self.spec.readers
+        until, waiting = time.monotonic() + (seconds or 0), self.spec.readers
         while waiting:
-            answers = self._receive(max(0.0, until - time.monotonic()))
-            waiting -= sum(answer == number for _, answer, _ in answers)
-
-    def _receive(self, seconds: float | None = None) -> list[tuple[int, int, int]]:
-        """Answers, at least one; they are written and read whole."""
-        while (got := _LIBC.read(self._answers, self._buffer, len(self._buffer))) <= 0:
-            found = dict(self._poller.poll(None if seconds is None else seconds * 1000))
+            left = None if seconds is None else max(0.0, until - time.monotonic()) * 1000
+            found = dict(self._poller.poll(left))
             if not found:
                 raise PlanAborted("readers do not answer")
             if not found.get(self._answers, 0) & select.POLLIN:
                 raise _gone("its socket is closed")
-        return list(DONE.iter_unpack(self._buffer.raw[:got]))
+            answers = os.read(self._answers, DONE.size * _ANSWERS)
+            waiting -= sum(told == answer for _, told in DONE.iter_unpack(answers))
+
+
+def parts_of(start: int, stop: int, alignment: int, most: int) -> list[tuple[int, int, int]]:
+    """What is read to have these bytes of a file: first byte, length, and how many of them must come.
+
+    Args:
+        start: The first byte that is wanted.
+        stop: The byte after the last.
+        alignment: What first bytes and lengths are multiples of.
+        most: The longest read, a multiple of it.
+    """
+    first = start - start % alignment
+    end = stop + -stop % alignment
+    return [
+        (position, min(most, end - position), min(most, stop - position))
+        for position in range(first, end, most)
+    ]
 
 
 def _close(*descriptors: int) -> None:

@@ -1,29 +1,46 @@
-"""From a crew's shared memory to the device: one thread hands out chunks and passes on what came."""
+"""From files to a device by a crew: one thread hands out windows; readers and device do the rest."""
 
 from __future__ import annotations
 
+import functools
 import queue
+import time
 from collections import deque
+from typing import NamedTuple
 
 import torch
 
-from weightlift.loading.buffers import memory_at
-from weightlift.loading.chunks import Chunk, Journey, chunks_of
 from weightlift.loading.crew import Crew
 from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.crews import crews
-from weightlift.loading.placement import Copies, DeviceWriter, make_writer, place
+from weightlift.loading.errors import CheckpointError
+from weightlift.loading.placement import Copies, place
 from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.stage import active_stage
 from weightlift.loading.transfer import Run
+from weightlift.loading.worker import LINE
+from weightlift.loading.writers import Writer, make_writer
+
+_NAP = 5e-4
+"""The crew has work for 5 ms then."""
+
+
+class _Asked(NamedTuple):
+    """A window that a crew was asked for."""
+
+    number: int
+    parts: int
+    window: Window
+    is_direct: bool
 
 
 class CrewReaders(ReaderPool):
-    """A crew that reads, and a thread that passes on what it read.
+    """A crew that reads, and a thread that tells it and the device what to do, some windows ahead.
 
-    That thread alone talks to the device. It holds the interpreter lock for some 20 us a chunk, of
-    which PCIe 5 takes one every 75 us.
+    Which window's bytes are there, and which slot is free again, the two tell each other, so that this
+    thread need not be on time. It holds the interpreter lock for some 30 us a window; on a PCIe 5 bus
+    there is one every 150.
 
     Args:
         device: Where the windows go: the CPU or a CUDA device.
@@ -33,12 +50,12 @@ class CrewReaders(ReaderPool):
     def __init__(self, device: torch.device, spec: CrewSpec) -> None:
         super().__init__(device, spec.readers)
         self._spec = spec
-        self._free: deque[int] = deque()
-        self._reading: dict[int, Chunk] = {}
-        self._written: deque[tuple[torch.Event, list[int]]] = deque()
+        self._asked: deque[_Asked] = deque()
+        self._most_asked = spec.most_windows
         self._is_sound = True
+        self._base = 0
         self._crew: Crew
-        self._writer: DeviceWriter
+        self._writer: Writer
         self.start(1, "feeder")
 
     def work(self) -> None:
@@ -51,165 +68,149 @@ class CrewReaders(ReaderPool):
                         self._begin(window)
                         continue
                 except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
-                    self.fail(error)
+                    self._give_up(error)
                 self.finish(window)
             if is_ready:
                 self._leave()
 
     def _get_ready(self) -> bool:
         try:
-            self._writer = make_writer(self._device)
             self._crew = crews.take(self._spec)
+            self._base = self._crew.ring.memory.data_ptr()
+            try:
+                self._writer = make_writer(self._device, self._crew, self._give_up)
+            except BaseException:
+                crews.give(self._crew)
+                raise
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self.fail(error)
             return False
-        self._free.extend(range(self._spec.slots))
         return True
+
+    def _give_up(self, error: BaseException) -> None:
+        """Note why windows are not read from now on; nobody waits for the others any more."""
+        self._is_sound = False
+        self._crew.words.let_go()
+        self.fail(error)
 
     def _leave(self) -> None:
         """Give the crew back, with no file open and nothing under way."""
-        while self._reading:
-            self._collect()
+        while self._asked:
+            self._look()
+            time.sleep(_NAP)
         try:
-            self._writer.wait()
+            self._writer.wait(self._let_go)
             if self._is_sound:
                 self._crew.close_files()
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
-            self.fail(error)
-            self._is_sound = False
+            self._give_up(error)
         crews.give(self._crew, is_sound=self._is_sound)
 
+    def _let_go(self) -> None:
+        """Once more if there was a failure: readers may have written since."""
+        if not self._is_sound:
+            self._crew.words.let_go()
+
     def _next(self) -> Window | None:
-        """The next window, or None at the end; waits for chunks rather than for windows."""
-        while self._reading:
+        """The next window, or None at the end; notes meanwhile what has arrived."""
+        while self._asked:
             try:
-                return self._waiting.get_nowait()
+                return self._waiting.get(timeout=_NAP)
             except queue.Empty:
-                self._collect()
+                self._look()
         return self._waiting.get()
+
+    def _look(self) -> None:
+        """Note what has arrived, or that nothing will."""
+        try:
+            if self._is_sound:
+                self._note_arrivals()
+                self._crew.check()
+        except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
+            self._give_up(error)
+        while self._asked and not self._is_sound:
+            self.finish(self._asked.popleft().window)
+
+    def _note_arrivals(self) -> None:
+        """Finish the windows that were fetched, in their order."""
+        words = self._crew.words
+        while self._asked:
+            first = self._asked[0]
+            line = first.number % words.slots * LINE
+            if words.free[line] < first.number:
+                return
+            for part in range(first.parts):
+                if words.short[line + part] >= first.number:
+                    self._find_out_why(first)
+            first.window.file.count(first.window.span, is_direct=first.is_direct)
+            self._asked.popleft()
+            self.finish(first.window)
+
+    def _find_out_why(self, asked: _Asked) -> None:
+        """Read again what a reader could not."""
+        window, file = asked.window, asked.window.file
+        file.read(window.start, window.span)
+        remedy = "Load again; if that does not help, see what the kernel says of the device."
+        raise CheckpointError(
+            file.path,
+            f"bytes {window.start} to {window.stop} could not be read once",
+            remedy=remedy,
+        )
 
     def _begin(self, window: Window) -> None:
         """Have a window read, or place it at once where its bytes are in memory already."""
-        runs = [piece for piece in window.pieces if isinstance(piece, Run)]
-        as_it_is = len(runs) == len(window.pieces)
         staged = window.file.staged_view(window.start, window.stop)
         if staged is not None:
-            self._place_staged(window, staged, runs if as_it_is else [])
+            stage = active_stage()
+            as_one = stage is not None and not stage.is_straddling(staged)
+            self._writer.begin(window.ready)
+            self._write(window, staged.data_ptr() if as_one else None, staged)
+            self._writer.run(functools.partial(self.finish, self._told(window)))
             return
-        scratch = None if as_it_is else self._writer.scratch(window.span)
-        if scratch is not None:
-            runs = [Run(window.start, window.stop, scratch, 0)]
+        while len(self._asked) >= self._most_asked:
+            self._look()
+            time.sleep(_NAP)
+        if not self._is_sound:
+            raise RuntimeError("readers have given up")
         is_direct = window.file.is_direct(window.start, window.stop)
-        journey = Journey(window, window.file.way(is_direct=is_direct), scratch)
-        chunks = list(chunks_of(journey, runs, self._spec.chunk_bytes))
-        journey.to_come = len(chunks)
-        for chunk in chunks:
-            self._ask(chunk)
+        way, plain = window.file.way(is_direct=is_direct), window.file.way(is_direct=False)
+        number, parts, position = self._crew.ask(way, plain, window.start, window.stop)
+        self._writer.begin(window.ready)
+        self._writer.await_read(number, parts)
+        self._write(window, self._base + position, position)
+        self._told(window)
+        self._writer.free(number)
+        self._asked.append(_Asked(number, parts, window, is_direct))
 
-    def _place_staged(self, window: Window, staged: torch.Tensor, runs: list[Run]) -> None:
-        stage = active_stage()
-        self._wait_for_targets(window)
-        if runs and stage is not None and not stage.is_straddling(staged):
-            copies, base = Copies(), staged.data_ptr() - window.start
-            for run in runs:
-                copies.add(run.address, base + run.offset, run.nbytes)
-            self._writer.write(copies)
-        else:
-            place(window, self._writer.scratch(window.span).copy_(staged, non_blocking=True))
-        self.finish(window, self._writer.event())
+    def _write(self, window: Window, address: int | None, data: torch.Tensor | int) -> None:
+        """Bring a window's bytes to its targets.
 
-    def _ask(self, chunk: Chunk) -> None:
-        """Have a chunk read as soon as a slot is free."""
-        try:
-            slot = self._take_slot() if self._failure is None else -1
-            if self._failure is None:
-                self._crew.ask(slot, chunk.journey.way, chunk.first, chunk.length)
-                self._reading[slot] = chunk
-                return
-        except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
-            self.fail(error)
-        self._end(chunk)
-
-    def _take_slot(self) -> int:
-        """A free slot; any number if there is a failure, after which none is needed."""
-        while not self._free and self._failure is None:
-            if self._reading:
-                self._collect()
-            else:
-                self._written[0][0].synchronize()
-                self._reclaim()
-        return self._free.popleft() if self._free else -1
-
-    def _collect(self) -> None:
-        """Pass on the chunks that were read; waits until there are some."""
-        try:
-            answers = self._crew.answers()
-        except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
-            self.fail(error)
-            self._is_sound = False
-            answers = [(slot, 0) for slot in self._reading]  # nobody reads them any more
-        done = [self._reading.pop(slot) for slot, _ in answers]
-        try:
-            if self._failure is None:
-                self._pass_on(answers, done)
-                self._hand_back([slot for slot, _ in answers])
-        except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
-            self.fail(error)
-        for chunk in done:
-            self._end(chunk)
-
-    def _hand_back(self, slots: list[int]) -> None:
-        """These slots are free once what was written from them is."""
-        event = self._writer.event()
-        if event is None:
-            self._free.extend(slots)
-        else:
-            self._written.append((event, slots))
-            self._reclaim()
-
-    def _reclaim(self) -> None:
-        while self._written and self._written[0][0].query():
-            self._free.extend(self._written.popleft()[1])
-
-    def _pass_on(self, answers: list[tuple[int, int]], chunks: list[Chunk]) -> None:
-        """Write chunks from their slots to where they go, in one call."""
+        Args:
+            window: The window.
+            address: Where its bytes are, if all of them can be copied from there by address.
+            data: Its bytes, or where in the crew's memory they are.
+        """
         copies = Copies()
-        for (slot, got), chunk in zip(answers, chunks, strict=True):
-            chunk.journey.got += got
-            if got < chunk.stop - chunk.first:
-                self._read_rest(chunk, slot, got)
-            self._wait_for_targets(chunk.journey.window)
-            base = self._crew.addresses[slot] - chunk.first
-            for zero, start, stop in chunk.parts:
-                copies.add(zero + start, base + start, stop - start)
-        self._writer.write(copies)
-
-    def _read_rest(self, chunk: Chunk, slot: int, got: int) -> None:
-        """Read what the reader could not, or find out why."""
-        file = chunk.journey.window.file
-        if chunk.journey.way.alignment > 1:
-            file.direct_io = "off"
-        here = max(chunk.start, chunk.first + got)
-        place = self._crew.addresses[slot] + here - chunk.first
-        file.read_into(here, [memory_at(place, chunk.stop - here)])
-
-    def _wait_for_targets(self, window: Window) -> None:
-        if window.ready is not None:
-            self._writer.wait_for(window.ready)
-
-    def _end(self, chunk: Chunk) -> None:
-        """A chunk is written, or never will be."""
-        journey = chunk.journey
-        journey.to_come -= 1
-        if journey.to_come:
+        if address is not None:
+            base = address - window.start
+            for piece in window.pieces:
+                if not isinstance(piece, Run):
+                    break
+                copies.add(piece.address, base + piece.offset, piece.nbytes)
+        if len(copies.sizes) == len(window.pieces):
+            self._writer.write(copies)
             return
-        window, event = journey.window, None
-        window.file.count(journey.got, is_direct=journey.way.alignment > 1)
-        try:
-            if self._failure is None:
-                if journey.scratch is not None:
-                    place(window, journey.scratch)
-                event = self._writer.event() if window.issued else None
-        except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
-            self.fail(error)
-        self.finish(window, event)
+        if isinstance(data, int):
+            data = self._crew.ring.memory[data : data + window.span]
+        self._writer.run(functools.partial(self._place, window, data))
+
+    def _place(self, window: Window, data: torch.Tensor) -> None:
+        """Cast and scatter a window's bytes on the device that they are for."""
+        place(window, data.to(self._device, non_blocking=True))
+
+    def _told(self, window: Window) -> Window:
+        """The window, once who waits for it knows, or will know, that it is in place."""
+        issued, window.issued = window.issued, None
+        if issued is not None:
+            self._writer.tell(issued)
+        return window

@@ -23,7 +23,7 @@ DIRECT_READ_BYTES = 2 << 20
 1 MiB or 4 of 8 MiB reached 3.1 to 3.2 GB/s, and 64 MiB or more under way 2.2 to 2.7; on an H100 host's
 slower one, anything from 8 to 192 MiB reached 0.8 to 1.2."""
 
-_numbers = itertools.count()
+_numbers = itertools.count(1)
 
 Identity = tuple[int, int, int, int]
 """Device, inode, bytes, and time of change in nanoseconds: a file rewritten is another one."""

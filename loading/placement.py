@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
-from weightlift.loading.batch import batch_copy
 from weightlift.loading.buffers import Buffer, memory_at, memory_of
 from weightlift.loading.plan import Window
 from weightlift.loading.residency import PAGE
@@ -18,7 +15,7 @@ from weightlift.loading.transfer import Run, Transfer
 
 HOST_WINDOW_BYTES = 16 * MIB
 CUDA_WINDOW_BYTES = 8 * MIB
-"""What is planned as one; it is read in the chunks of :mod:`~weightlift.loading.crew`."""
+"""What is planned as one; a crew reads it in parts."""
 
 
 class HostPlacer:
@@ -97,86 +94,6 @@ class Copies:
         self.targets.append(target)
         self.sources.append(source)
         self.sizes.append(size)
-
-
-class DeviceWriter(Protocol):
-    """Copies bytes from host memory to targets on one device, for one thread."""
-
-    def wait_for(self, event: torch.Event) -> None:
-        """Have what is written from now on come after this."""
-
-    def write(self, copies: Copies) -> None:
-        """Make these copies, perhaps still under way on return."""
-
-    def scratch(self, nbytes: int) -> torch.Tensor:
-        """Memory on the device: flat uint8."""
-        ...
-
-    def event(self) -> torch.Event | None:
-        """What tells that all is written so far; None if it is."""
-        ...
-
-    def wait(self) -> None:
-        """Return once all is written."""
-
-
-class HostWriter:
-    """Copies within the host's memory, at once."""
-
-    def wait_for(self, event: torch.Event) -> None:
-        """Nothing is under way on a CPU."""
-
-    def write(self, copies: Copies) -> None:
-        """Make these copies."""
-        for copy in zip(copies.targets, copies.sources, copies.sizes, strict=True):
-            ctypes.memmove(*copy)
-
-    def scratch(self, nbytes: int) -> torch.Tensor:
-        """Memory of the host."""
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def event(self) -> None:
-        """All is written."""
-
-    def wait(self) -> None:
-        """All is written."""
-
-
-class CudaWriter:
-    """Copies from pinned memory on a stream of its own; casts and strided writes on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        torch.cuda.set_stream(self._stream)  # of the calling thread, which is this writer's own
-
-    def wait_for(self, event: torch.Event) -> None:
-        """Have what is written from now on come after this."""
-        self._stream.wait_event(event)
-
-    def write(self, copies: Copies) -> None:
-        """Start these copies."""
-        batch_copy()(copies.targets, copies.sources, copies.sizes, self._stream)
-
-    def scratch(self, nbytes: int) -> torch.Tensor:
-        """Memory on the device, of this writer's stream."""
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-
-    def event(self) -> torch.Event:
-        """What tells that all is written so far."""
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
-
-    def wait(self) -> None:
-        """Return once all is written."""
-        self._stream.synchronize()
-
-
-def make_writer(device: torch.device) -> DeviceWriter:
-    """A writer for the calling thread."""
-    return HostWriter() if device.type == "cpu" else CudaWriter(device)
 
 
 def window_bytes(device: torch.device) -> int:

@@ -7,19 +7,15 @@ import threading
 import torch
 
 from weightlift.loading.budget import ranks_here, reader_count, staging_limit
-from weightlift.loading.crew_spec import SLOTS_A_READER, CrewSpec
+from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.crews import crews
 from weightlift.loading.feeder import CrewReaders
-from weightlift.loading.placement import HOST_WINDOW_BYTES
+from weightlift.loading.placement import HOST_WINDOW_BYTES, window_bytes
 from weightlift.loading.reader import HostReaders, ReaderPool
 from weightlift.loading.settings import MIB, Settings
 
-ALONE_CHUNK_BYTES = 4 * MIB
-SHARED_CHUNK_BYTES = 2 * MIB
-"""What one job of a crew reads. Twelve readers with two slots each then have 96 MiB under way, or 48
-for each of several ranks, which fits the processor's last cache: on an H100 host (300 MiB) they read
-55 GB/s with 2 MiB, 45 with 4 and 36 with 8. To the device, which takes 47, 4 MiB are as good as 2, and
-half the Python; with 1 MiB one thread cannot hand out the jobs."""
+FEWEST_SLOTS = 3
+"""One that is read, one that the device fetches, and one to come."""
 
 
 def open_readers(device: torch.device, settings: Settings) -> ReaderPool:
@@ -30,11 +26,19 @@ def open_readers(device: torch.device, settings: Settings) -> ReaderPool:
 
 
 def crew_for(device: torch.device, settings: Settings) -> CrewSpec:
-    """The crew for loads to this device."""
-    chunk = ALONE_CHUNK_BYTES if ranks_here() == 1 else SHARED_CHUNK_BYTES
+    """The crew for loads to this device.
+
+    A slot for each reader, of which several work on a window: twelve have 96 MiB under way. Where ranks
+    share the host each has half of that, so that the bytes of all are still in the processor's cache
+    when the device fetches them.
+    """
+    window, is_alone = window_bytes(device), ranks_here() == 1
+    readers = affordable_readers(settings, window if is_alone else window // 2)
+    slots = max(FEWEST_SLOTS, readers if is_alone else readers // 2)
     return CrewSpec(
-        affordable_readers(settings, SLOTS_A_READER * chunk),
-        chunk,
+        readers,
+        max(1, min(slots, _staging_bytes(settings) // window)),
+        window,
         pinned=device.type == "cuda",
         in_processes=settings.readers != "threads",
     )
@@ -42,11 +46,13 @@ def crew_for(device: torch.device, settings: Settings) -> CrewSpec:
 
 def affordable_readers(settings: Settings, bytes_each: int) -> int:
     """Readers that take so much staging memory each, within that and what the host allows."""
-    memory = settings.staging_mib * MIB
-    if "staging_mib" not in settings.asked:
-        memory = min(memory, staging_limit() or memory)
     readers = settings.num_load_threads or reader_count()
-    return max(1, min(readers, memory // bytes_each))
+    return max(1, min(readers, _staging_bytes(settings) // bytes_each))
+
+
+def _staging_bytes(settings: Settings) -> int:
+    memory = settings.staging_mib * MIB
+    return memory if "staging_mib" in settings.asked else min(memory, staging_limit() or memory)
 
 
 def warm_up(device: torch.device, settings: Settings) -> None:

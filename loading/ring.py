@@ -25,6 +25,7 @@ class SharedRing:
         descriptor: For other processes to map; -1 where the kernel has none.
         memory: All of it: flat uint8, on the CPU.
         view: The same for reads.
+        is_pinned: Whether it is page-locked.
 
     Raises:
         OSError: The host has no such memory.
@@ -42,18 +43,18 @@ class SharedRing:
         self.view = memoryview(mapped)
         with torch.inference_mode(mode=False):
             self.memory = torch.frombuffer(mapped, dtype=torch.uint8)
-        self._is_pinned = False
+        self.is_pinned = False
 
     def pin(self) -> None:
         """Page-lock it, if that can be and is not done."""
-        self._is_pinned = self._is_pinned or register(self.memory)
+        self.is_pinned = self.is_pinned or register(self.memory)
 
     def release(self) -> int:
         """Free it; returns its bytes."""
         nbytes = self.memory.numel()
-        if self._is_pinned:
+        if self.is_pinned:
             unregister(self.memory)
-        self._is_pinned = False
+        self.is_pinned = False
         self.memory, self.view = torch.empty(0, dtype=torch.uint8), memoryview(b"")
         self._close()
         return nbytes

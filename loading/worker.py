@@ -2,9 +2,14 @@
 
 The program of the reader processes, and of the threads that stand in for them where there are none.
 It imports built-in modules alone, so that a process is ready in 10 ms, and speaks of numbers alone:
-which file (the descriptor comes along with its first job), from which byte, how many, to where.
+which file (its descriptor comes by a socket of each reader's own), from which byte, how many, to where.
+Jobs stand in a table in the shared memory; a pipe gives the number of each to one of the readers.
 
-    worker.py MEMORY DONE SOCKET...    descriptors: shared memory, a pipe, one socket for each reader
+What is read and what is free again stands in words of the shared memory, for whoever waits for it:
+the device itself, mostly. Nobody is told, so that no reader and no copy waits for an interpreter.
+
+    worker.py MEMORY SLOTS DONE JOBS OWN...    a number: SLOTS; the rest are descriptors: shared memory,
+                                               a pipe for answers, one for jobs, a socket of each reader
 """
 
 from __future__ import annotations
@@ -12,70 +17,216 @@ from __future__ import annotations
 import array
 import mmap
 import os
+import select
 import struct
 import sys
+import time
 from _socket import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Protocol
 
-    class Jobs(Protocol):
-        """The socket that jobs come from."""
+    class Socket(Protocol):
+        """A socket of whole messages."""
 
         def recvmsg(self, bufsize: int, ancbufsize: int, /) -> tuple[bytes, list[Any], int, Any]:
             """A message, and what came along."""
             ...
 
 
-JOB = struct.Struct("=QQQIII")
-"""First byte of the file, how many, where in the memory they go, the most that one read takes, the
-number of the file, and the number of the job. No bytes at all: close every file."""
+JOB = struct.Struct("=QQQIIIIII")
+"""First byte of the file, how many, where in the memory they go, how many of them must come (a read past
+the page cache takes whole pages), the most that one read takes, the number of the file, that of the file
+as it is read through the page cache, the number of the window, and that of this part of it."""
 
-DONE = struct.Struct("=IIQ")
-"""Number of the reader, number of the job, bytes read. Fewer than were asked for: the file ended, or
-a read failed; whoever asked finds out by reading on."""
+JOB_BYTES = 64
+JOBS = 256
+"""Places in the table: more than there are jobs that wait or are done."""
 
-READY, CLOSED = 0xFFFFFFFF, 0xFFFFFFFE
-"""Number of the job in the first answer of a reader, and in that to a request to close."""
+NUMBER = struct.Struct("=I")
+CLOSE = 0xFFFFFFFF
+"""In place of the number of a job: close every file."""
+
+FILE = struct.Struct("=I")
+"""The number of a file whose descriptor comes along. 0: go on, all have closed theirs."""
+
+DONE = struct.Struct("=II")
+"""Number of the reader and its answer."""
+
+READY, CLOSED = 1, 2
+"""Answers: there it is, and it has no file open."""
+
+LINE = 16
+"""Words for a slot: the numbers of the windows whose parts were read last, a word each. Windows are
+numbered from the number of slots on, and window ``n`` is in slot ``n`` modulo that."""
+
+NEVER = 0x7FFFFFFF
+"""In place of all numbers, once a reader is gone: nobody is to wait any more."""
 
 _ONE_DESCRIPTOR = 32  # CMSG_SPACE of one, with room to spare
+_NAPS, _NAP, _LONG_NAP_MS = 1000, 2e-5, 1
 
 
-def serve(
-    reader: int, jobs: Jobs, done: int, memory: memoryview, files: dict[int, int] | None = None
-) -> None:
-    """Do jobs until the other side closes the socket.
+class Words:
+    """What stands at the end of the shared memory: words, which :meth:`reset` begins, and jobs.
 
     Args:
-        reader: Number of this one, given in its answers.
-        jobs: A socket of whole messages; see :data:`JOB`.
-        done: The writing end of the pipe for answers; see :data:`DONE`.
-        memory: Where bytes go.
-        files: Descriptors by number of the file, of who asks; if left out, those that come along.
+        memory: All of it.
+        slots: How many slots it has.
+
+    Attributes:
+        read: By slot and part, the window that was read last.
+        short: By slot and part, the window of which bytes are missing.
+        free: By slot, in the first word of its line, the window that was fetched last.
+        places: The bytes of the memory where ``read`` and ``free`` begin.
+        jobs: The table of jobs.
     """
-    own: dict[int, int] = {}
-    known = own if files is None else files
-    try:
-        os.write(done, DONE.pack(reader, READY, 0))
-        while True:
-            message, along, _, _ = jobs.recvmsg(JOB.size, _ONE_DESCRIPTOR)
-            if not message:
-                return
-            offset, length, place, most, file, number = JOB.unpack(message)
-            for _, _, data in along:
-                own[file] = array.array("i", data[:4])[0]
-            if length:
-                room = memory[place : place + length]
-                got = read(known[file], offset, room, most) if file in known else 0
-                os.write(done, DONE.pack(reader, number, got))
-            else:
-                _close(own)
-                os.write(done, DONE.pack(reader, CLOSED, 0))
-    except (BrokenPipeError, ConnectionError):
-        return  # nobody waits for an answer any more
-    finally:
-        _close(own)
+
+    def __init__(self, memory: memoryview, slots: int) -> None:
+        size = slots * LINE * 4
+        jobs = len(memory) - JOBS * JOB_BYTES if slots else 0
+        read, short, free = (jobs - part * size for part in (3, 2, 1))
+        self.slots = slots
+        self.places = read, free
+        self.jobs = memory[jobs:]
+        self.read, self.short, self.free = (
+            memory[place : place + size].cast("I") for place in (read, short, free)
+        )
+
+    def reset(self) -> None:
+        """Begin again: nothing was read, and all is free, as if windows before the first had gone."""
+        self._fill(0)
+        for slot in range(self.slots):
+            self.free[slot * LINE] = slot
+
+    def let_go(self) -> None:
+        """Have nobody wait any more, for nobody reads any more."""
+        self._fill(NEVER)
+
+    def _fill(self, number: int) -> None:
+        for words in (self.short, self.free, self.read):
+            for place in range(len(words)):
+                words[place] = number
+
+
+def words_bytes(slots: int) -> int:
+    """Bytes of words and jobs for so many slots: whole pages."""
+    return -(-(3 * slots * LINE * 4 + JOBS * JOB_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class Reader:
+    """One reader.
+
+    Args:
+        number: Given in its answers.
+        jobs: The reading end of the pipe for numbers of jobs, each for one of those who listen.
+        own: Where descriptors come from; None for one whose ``files`` are kept by who asks.
+        done: The writing end of the pipe for answers.
+        memory: Where bytes go.
+        slots: How many slots it has.
+
+    Attributes:
+        files: Descriptors by number of the file.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        jobs: int,
+        own: Socket | None,
+        done: int,
+        memory: memoryview,
+        slots: int,
+    ) -> None:
+        self.files: dict[int, int] = {}
+        self._number = number
+        self._jobs = jobs
+        self._own = own
+        self._done = done
+        self._memory = memory
+        self._words = Words(memory, slots)
+        self._end = select.poll()
+        self._end.register(jobs, 0)  # tells of its end alone
+
+    def serve(self) -> None:
+        """Do jobs until the other side closes the socket."""
+        try:
+            self._answer(READY)
+            while message := os.read(self._jobs, NUMBER.size):
+                number = NUMBER.unpack(message)[0]
+                if number == CLOSE:
+                    self._close_all()
+                else:
+                    self._read(*JOB.unpack_from(self._words.jobs, number * JOB_BYTES))
+        except (BrokenPipeError, ConnectionError, EOFError):
+            return  # nobody waits any more
+        finally:
+            if self._own is not None:
+                self._close_files()
+
+    def _read(
+        self,
+        offset: int,
+        length: int,
+        place: int,
+        needed: int,
+        most: int,
+        file: int,
+        plain: int,
+        window: int,
+        part: int,
+    ) -> None:
+        slot = window % self._words.slots
+        self._await_free(slot, window - self._words.slots)
+        room = self._memory[place : place + length]
+        got = read(self._descriptor(file), offset, room, most)
+        if got < needed and plain != file:
+            got += read(self._descriptor(plain), offset + got, room[got:needed], most)
+        if got < needed:
+            self._words.short[slot * LINE + part] = window
+        self._words.read[slot * LINE + part] = window
+
+    def _await_free(self, slot: int, window: int) -> None:
+        """Return once this window, the last one in the slot, was fetched from there."""
+        free, naps = self._words.free, 0
+        while free[slot * LINE] < window:
+            naps += 1
+            if naps < _NAPS:
+                time.sleep(_NAP)
+            elif self._end.poll(_LONG_NAP_MS):
+                raise EOFError
+
+    def _descriptor(self, file: int) -> int:
+        while file not in self.files:
+            self._receive()
+        return self.files[file]
+
+    def _receive(self) -> int:
+        """Take the next descriptor; returns the number of its file."""
+        assert self._own is not None
+        message, along, _, _ = self._own.recvmsg(FILE.size, _ONE_DESCRIPTOR)
+        if not message:
+            raise EOFError
+        file: int = FILE.unpack(message)[0]
+        for _, _, data in along:
+            self.files[file] = array.array("i", data[:4])[0]
+        return file
+
+    def _close_all(self) -> None:
+        """Close all files, and go on when all readers have."""
+        self._close_files()
+        self._answer(CLOSED)
+        while self._receive():
+            self._close_files()  # one that never was needed
+
+    def _close_files(self) -> None:
+        for descriptor in self.files.values():
+            os.close(descriptor)
+        self.files.clear()
+
+    def _answer(self, answer: int) -> None:
+        os.write(self._done, DONE.pack(self._number, answer))
 
 
 def read(file: int, offset: int, room: memoryview, most: int) -> int:
@@ -92,41 +243,44 @@ def read(file: int, offset: int, room: memoryview, most: int) -> int:
     return got
 
 
-def _close(files: dict[int, int]) -> None:
-    for descriptor in files.values():
-        os.close(descriptor)
-    files.clear()
-
-
 def touch(memory: memoryview) -> None:
     """Have the kernel find the pages of some memory, which is quicker by many at once."""
     for position in range(0, len(memory), mmap.PAGESIZE):
         memory[position] = 0
 
 
-def _fork(reader: int, sockets: list[int], done: int, memory: memoryview) -> None:
+def _fork(
+    number: int, memory: memoryview, slots: int, done: int, jobs: int, own: list[int]
+) -> None:
     if os.fork():
         return
-    share = -(-len(memory) // len(sockets))
-    touch(memory[reader * share : (reader + 1) * share])
-    for number, descriptor in enumerate(sockets):
-        if number != reader:
+    share = -(-len(memory) // len(own))
+    touch(memory[number * share : (number + 1) * share])
+    for other, descriptor in enumerate(own):
+        if other != number:
             os.close(descriptor)  # or its reader would not see the other side go
     try:
-        serve(reader, socket(fileno=sockets[reader]), done, memory)
+        mine = socket(fileno=own[number])
+        Reader(number, jobs, mine, done, memory, slots).serve()
     finally:
         os._exit(0)
 
 
-def main(shared: int, done: int, *sockets: int) -> None:
+def main(shared: int, slots: int, done: int, jobs: int, *own: int) -> None:
     """Have a process for each socket, and end when all of them have."""
     memory = memoryview(mmap.mmap(shared, os.fstat(shared).st_size))
-    for reader in range(len(sockets)):
-        _fork(reader, list(sockets), done, memory)
-    for descriptor in (done, *sockets):
+    for number in range(len(own)):
+        _fork(number, memory, slots, done, jobs, list(own))
+    for descriptor in (done, jobs, *own):
         os.close(descriptor)
-    for _ in sockets:
-        os.wait()
+    left, is_sound = len(own), True
+    while left:
+        ended, status = os.waitpid(-1, 0 if is_sound else os.WNOHANG)
+        left -= ended > 0
+        is_sound = is_sound and not status
+        if not is_sound:  # the device may wait for one that was killed; the others may still write
+            Words(memory, slots).let_go()
+            time.sleep(0 if ended else 0.01)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ import torch
 
 import weightlift
 from weightlift.loading import budget, memory, readers, stage
-from weightlift.loading.crew_spec import SLOTS_A_READER, CrewSpec
+from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.crews import Crews
-from weightlift.loading.readers import ALONE_CHUNK_BYTES, SHARED_CHUNK_BYTES, crew_for
+from weightlift.loading.readers import crew_for
 from weightlift.loading.settings import Settings
 
 CUDA = torch.device("cuda")
@@ -57,15 +57,15 @@ def test_ranks_share_the_cores(host: Path, monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setattr(module, "ranks_here", lambda ranks=ranks: ranks)
         assert budget.reader_count() == count
         assert crew_for(CUDA, Settings(num_load_threads=5)).readers == 5
-        assert crew_for(CUDA, Settings()).chunk_bytes == SHARED_CHUNK_BYTES
+        assert crew_for(CUDA, Settings()).slots == max(readers.FEWEST_SLOTS, count // 2)
     monkeypatch.setattr(readers, "ranks_here", lambda: 1)
-    assert crew_for(CUDA, Settings()).chunk_bytes == ALONE_CHUNK_BYTES
+    assert crew_for(CUDA, Settings(num_load_threads=7)).slots == 7
 
 
 def test_staging_in_a_small_container(host: Path) -> None:
     (host / "memory.max").write_text(f"{GIB}\n")
     few = crew_for(CUDA, Settings())
-    assert few.readers * SLOTS_A_READER * few.chunk_bytes <= GIB // budget.MEMORY_SHARE
+    assert few.slots * few.window_bytes <= GIB // budget.MEMORY_SHARE
     asked = Settings(staging_mib=256, asked=frozenset({"staging_mib"}))
     assert crew_for(CUDA, asked).readers == budget.MOST_READERS
     (host / "memory.max").write_text("max\n")
@@ -75,7 +75,7 @@ def test_staging_in_a_small_container(host: Path) -> None:
 def test_release_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
     crews = Crews()
     monkeypatch.setattr(memory, "crews", crews)
-    crew = crews.take(CrewSpec(2, 1 << 20))
+    crew = crews.take(CrewSpec(2, 3, 1 << 20))
     nbytes = crew.ring.memory.numel()
     crews.give(crew)
     monkeypatch.setattr(stage, "_stage", None)

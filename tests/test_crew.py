@@ -21,22 +21,21 @@ from hypothesis import strategies as st
 
 from weightlift.loading import crew as crew_module
 from weightlift.loading import crews as crews_module
-from weightlift.loading import feeder
-from weightlift.loading.chunks import Journey, chunks_of
-from weightlift.loading.crew import Crew
-from weightlift.loading.crew_spec import SLOTS_A_READER, CrewSpec
+from weightlift.loading import feeder, ring, writers
+from weightlift.loading.crew import Crew, parts_of
+from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.crews import Crews, crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.files import ShardFile, Way
-from weightlift.loading.placement import HostWriter
 from weightlift.loading.plan import Window
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.state_dict import load_into
-from weightlift.loading.transfer import Run
+from weightlift.loading.worker import JOBS, LINE, NEVER
+from weightlift.loading.writers import CudaWriter, ThreadWriter
 
 READERS = 2
-SPEC = CrewSpec(READERS, 1 << 20)
+SPEC = CrewSpec(READERS, 3, 1 << 20)
 KINDS = pytest.mark.parametrize("in_processes", [True, False], ids=["processes", "threads"])
 
 
@@ -73,27 +72,99 @@ def supervisor(crew: Crew) -> int:
     return crew._process.pid
 
 
+def wait_until_read(crew: Crew, window: int, parts: int) -> None:
+    line = window % crew.spec.slots * LINE
+    until = time.monotonic() + 30
+    while any(crew.words.read[line + part] < window for part in range(parts)):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def ways(path: Path) -> tuple[ShardFile, Way]:
+    file = ShardFile.open(str(path))
+    return file, file.way(is_direct=False)
+
+
 @KINDS
-def test_a_crew_reads_what_it_is_asked_for(tmp_path: Path, in_processes: bool) -> None:
-    data = os.urandom(3_000_000)
+def test_a_crew_reads_what_it_is_asked_for_into_slots_that_are_free(
+    tmp_path: Path, in_processes: bool
+) -> None:
+    data = os.urandom(9_000_000)
     (tmp_path / "file").write_bytes(data)
-    file = ShardFile.open(str(tmp_path / "file"))
-    crew = Crew(CrewSpec(READERS, 1 << 20, in_processes=in_processes))
+    file, way = ways(tmp_path / "file")
+    crew = Crew(CrewSpec(READERS, 2, 3 << 20, in_processes=in_processes))
     crew.start()
-    wanted = {slot: (slot * 400_001, 300_007) for slot in range(crew.spec.slots)}
-    for slot, (start, length) in wanted.items():
-        crew.ask(slot, file.way(is_direct=False), start, length)
-    got: dict[int, int] = {}
-    while len(got) < len(wanted):
-        got.update(crew.answers())
-    for slot, (start, length) in wanted.items():
-        begin = crew.addresses[slot] - crew.addresses[0]
-        assert got[slot] == length
-        assert (
-            bytes(crew.ring.memory[begin : begin + length].numpy()) == data[start : start + length]
-        )
+    wanted = [(start, start + 3_000_007) for start in range(0, 5_000_000, 700_001)]
+    asked = [(*crew.ask(way, way, *span), span) for span in wanted]
+    assert [number for number, *_ in asked] == list(range(2, 2 + len(wanted)))
+    for number, parts, place, (start, stop) in asked:
+        assert parts == 2
+        wait_until_read(crew, number, parts)
+        time.sleep(0.02)  # nobody writes to it before it is free
+        assert crew.ring.view[place : place + stop - start] == data[start:stop]
+        crew.words.free[number % 2 * LINE] = number
+    assert not any(crew.words.short)
     file.close()
-    assert crew.release() == crew.spec.slots * crew.spec.slot_bytes
+    assert crew.release() == crew.spec.memory_bytes
+
+
+def test_what_is_not_read_past_the_page_cache_is_read_through_it(tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    (tmp_path / "file").write_bytes(data)
+    file, way = ways(tmp_path / "file")
+    with (tmp_path / "other").open("wb") as unreadable:
+        crew = Crew(SPEC)
+        crew.start()
+        bad = Way(way.number + 1_000_000, unreadable.fileno(), 4096, 1 << 20)
+        window, parts, place = crew.ask(bad, way, 5_000, 100_000)
+        wait_until_read(crew, window, parts)
+    assert crew.ring.view[place : place + 95_000] == data[5_000:] and not any(crew.words.short)
+    window, parts, _ = crew.ask(way, way, 5_000, 100_001)
+    wait_until_read(crew, window, parts)
+    assert crew.words.short[window % crew.spec.slots * LINE] == window
+    file.close()
+    crew.release()
+
+
+def test_the_table_of_jobs_is_filled_again_and_again(tmp_path: Path) -> None:
+    data = os.urandom(3 * JOBS)
+    (tmp_path / "file").write_bytes(data)
+    file, way = ways(tmp_path / "file")
+    crew = Crew(CrewSpec(READERS, 2, 1 << 12))
+    crew.start()
+    asked: list[tuple[int, int, int]] = []
+    for start in range(len(data)):
+        asked.append(crew.ask(way, way, start, start + 1))
+        if len(asked) == crew.spec.most_windows or start == len(data) - 1:
+            for number, parts, place in asked:
+                wait_until_read(crew, number, parts)
+                assert crew.ring.view[place] == data[number - 2]
+                crew.words.free[number % 2 * LINE] = number
+            asked.clear()
+    file.close()
+    crew.release()
+
+
+def test_more_files_than_wait_for_a_reader_are_closed_between(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew_module, "MOST_FILES", 2)
+    shards = [{f"w{number}": torch.randn(300, 100)} for number in range(20)]
+    folder = Path(save(*shards)[0]).parent
+    fill(str(folder), {name: weight for shard in shards for name, weight in shard.items()})
+
+
+def test_nobody_waits_for_a_reader_that_was_killed(tmp_path: Path) -> None:
+    crew = Crew(SPEC)
+    crew.start()
+    os.kill(family(supervisor(crew))[0], signal.SIGKILL)
+    until = time.monotonic() + 30
+    while not all(word == NEVER for word in (*crew.words.read, *crew.words.free)):
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    with pytest.raises(PlanAborted, match="a reader process died"):
+        crew.check()
+    crew.release()
 
 
 def test_the_same_processes_serve_the_next_load_and_have_no_file_open(
@@ -178,7 +249,7 @@ def test_a_device_that_fails_does_not_hang_the_load(
         raise RuntimeError("an illegal memory access was encountered")
 
     with monkeypatch.context() as patch:
-        patch.setattr(HostWriter, "event", fail)
+        patch.setattr(ThreadWriter, "_synchronize", fail)
         with pytest.raises(RuntimeError, match="illegal memory access"):
             fill(path, weights)
     assert not own._out
@@ -192,15 +263,15 @@ def test_threads_take_no_descriptors_of_their_own(
     folder = Path(save(*shards)[0]).parent
     monkeypatch.setattr(sys, "executable", "")
     most = [0]
-    end = feeder.CrewReaders._end
+    begin = feeder.CrewReaders._begin
 
-    def count(self: Any, chunk: Any) -> None:
+    def count(self: Any, window: Window) -> None:
         names = [name for name in descriptors(os.getpid()) if name.endswith(".safetensors")]
         links = len(os.listdir("/proc/self/fd"))
         most[0] = max(most[0], links if names else 0)
-        end(self, chunk)
+        begin(self, window)
 
-    monkeypatch.setattr(feeder.CrewReaders, "_end", count)
+    monkeypatch.setattr(feeder.CrewReaders, "_begin", count)
     before = len(os.listdir("/proc/self/fd"))
     fill(str(folder), {name: weight for shard in shards for name, weight in shard.items()})
     assert most[0] - before < 2 * len(shards) + 10
@@ -227,7 +298,7 @@ def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None
         "import os\n"
         "from weightlift.loading.crew import Crew\n"
         "from weightlift.loading.crew_spec import CrewSpec\n"
-        "crew = Crew(CrewSpec(2, 1 << 20)); crew.start()\n"
+        "crew = Crew(CrewSpec(2, 3, 1 << 20)); crew.start()\n"
         "print(crew._process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -242,18 +313,20 @@ def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None
         assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.parametrize("killed", [1, READERS])
 def test_a_reader_that_is_killed_fails_the_load_and_not_the_next(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, killed: int
 ) -> None:
     weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
     (path,) = save(weights)
     ask = Crew.ask
 
-    def kill_first(self: Crew, *arguments: Any) -> None:
+    def kill_first(self: Crew, *arguments: Any) -> Any:
         monkeypatch.setattr(Crew, "ask", ask)
-        for reader in family(supervisor(self)):
+        for reader in family(supervisor(self))[:killed]:
             os.kill(reader, signal.SIGKILL)
-        ask(self, *arguments)
+        time.sleep(0.05)
+        return ask(self, *arguments)
 
     monkeypatch.setattr(Crew, "ask", kill_first)
     with pytest.raises(PlanAborted, match="a reader process died"):
@@ -325,7 +398,7 @@ def test_two_loads_at_once_have_a_crew_each_and_one_is_kept(own: Crews) -> None:
         own.give(crew)
     assert own._kept is both[0]
     assert both[1].ring.memory.numel() == 0
-    other = own.take(CrewSpec(READERS + 1, 1 << 20))
+    other = own.take(CrewSpec(READERS + 1, 3, 1 << 20))
     assert both[0].ring.memory.numel() == 0, "of another size, it is of no use"
     own.give(other)
 
@@ -334,7 +407,7 @@ def test_a_forked_child_leaves_the_parents_readers_alone(save: Any, own: Crews) 
     crew = crews.take(SPEC)
     child = os.fork()
     if not child:
-        os._exit(int(bool(crew._ours or crews_module.crews._out)))
+        os._exit(int(crew.is_started or bool(crews_module.crews._out)))
     _, status = os.waitpid(child, 0)
     assert status == 0
     crew.close_files()  # they still answer
@@ -342,33 +415,62 @@ def test_a_forked_child_leaves_the_parents_readers_alone(save: Any, own: Crews) 
     crews.release()
 
 
-@given(data=st.data())
-def test_chunks_hold_every_byte_once_and_in_order(data: Any) -> None:
-    memory = torch.empty(1 << 12, dtype=torch.uint8)
-    runs, position, place = [], data.draw(st.integers(0, 50)), 0
-    for _ in range(data.draw(st.integers(1, 8))):
-        position += data.draw(st.integers(0, 40))
-        length = data.draw(st.integers(1, 400))
-        runs.append(Run(position, position + length, memory, place))
-        position, place = position + length, place + length
-    most = data.draw(st.integers(1, 300))
-    alignment = data.draw(st.sampled_from([1, 16]))
-    journey = Journey(Window.__new__(Window), Way(0, 0, alignment, 1), None)
-    chunks = list(chunks_of(journey, runs, most))
-    found = {}
-    for chunk in chunks:
-        assert chunk.stop - chunk.start <= most
-        assert chunk.first <= chunk.start < chunk.stop <= chunk.first + chunk.length
-        assert chunk.first % alignment == chunk.length % alignment == 0
-        for zero, start, stop in chunk.parts:
-            assert chunk.start <= start < stop <= chunk.stop
-            for byte in range(start, stop):
-                assert byte not in found
-                found[byte] = zero + byte
-    expected = {
-        byte: run.address + byte - run.offset
-        for run in runs
-        for byte in range(run.offset, run.stop)
-    }
-    assert found == expected
-    assert SLOTS_A_READER > 1
+@given(
+    start=st.integers(0, 300),
+    length=st.integers(1, 1000),
+    alignment=st.sampled_from([1, 16]),
+    most=st.integers(1, 20).map(lambda number: number * 16),
+)
+def test_parts_hold_every_byte_once_and_in_order(
+    start: int, length: int, alignment: int, most: int
+) -> None:
+    stop = start + length
+    parts = parts_of(start, stop, alignment, most)
+    assert parts[0][0] <= start < parts[0][0] + alignment
+    needed = sum(part[2] for part in parts)
+    assert parts[0][0] + needed == stop, "nothing after the last byte that is wanted must come"
+    for (position, nbytes, must), after in zip(parts, [*parts[1:], None], strict=True):
+        assert position % alignment == nbytes % alignment == 0
+        assert 0 < must <= nbytes <= most
+        assert after is None or after[0] == position + nbytes == position + must
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here; scripts/gpu runs this on one")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+def test_the_device_itself_waits_for_readers(
+    save: Any, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = save({"w": torch.randn(1000, 5000)})
+    made: list[Any] = []
+
+    def make(*given: Any) -> Any:
+        made.append(writers.make_writer(*given))
+        return made[-1]
+
+    monkeypatch.setattr(feeder, "make_writer", make)
+    target = torch.empty(1000, 5000, device=cuda)
+    load_into({"w": target}, path)
+    assert [type(writer) for writer in made] == [CudaWriter]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["pageable", "threads", "no words"])
+def test_where_the_device_cannot_wait_a_thread_does(
+    save: Any, cuda: torch.device, monkeypatch: pytest.MonkeyPatch, own: Crews, way: str
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 3000) for number in range(20)}
+    (path,) = save(weights)
+    if way == "pageable":
+        monkeypatch.setattr(ring, "register", lambda _: False)
+    if way == "no words":
+        monkeypatch.setattr(writers, "stream_words", lambda: None)
+    for dtype in (torch.float32, torch.bfloat16):
+        targets = {name: torch.empty(500, 3000, device=cuda, dtype=dtype) for name in weights}
+        load_into(targets, path, Settings(readers="threads" if way == "threads" else "auto"))
+        assert all(torch.equal(targets[name].cpu(), weights[name].to(dtype)) for name in weights)
