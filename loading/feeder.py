@@ -1,9 +1,9 @@
-"""From files to a device by a crew: one thread hands out windows; readers and device do the rest."""
+"""From files to a device by a crew: who offers windows hands them out; readers and device do the rest."""
 
 from __future__ import annotations
 
 import functools
-import queue
+import threading
 import time
 from collections import deque
 from typing import NamedTuple
@@ -22,8 +22,8 @@ from weightlift.loading.transfer import Run
 from weightlift.loading.worker import LINE
 from weightlift.loading.writers import Writer, make_writer
 
-_NAP = 5e-4
-"""The crew has work for 5 ms then."""
+_NAP, _SHORT_NAP = 2e-3, 5e-4
+"""The crew has work for longer."""
 
 
 class _Asked(NamedTuple):
@@ -36,11 +36,12 @@ class _Asked(NamedTuple):
 
 
 class CrewReaders(ReaderPool):
-    """A crew that reads, and a thread that tells it and the device what to do, some windows ahead.
+    """A crew that reads, told what to do some windows ahead.
 
-    Which window's bytes are there, and which slot is free again, the two tell each other, so that this
-    thread need not be on time. It holds the interpreter lock for some 30 us a window; on a PCIe 5 bus
-    there is one every 150.
+    Which window's bytes are there, and which slot is free again, crew and device tell each other, so that
+    nobody has to be on time. Windows are handed out by the thread that offers them: it takes some 40 us
+    for each, and a thread beside it would take that and, by coming in between, three times as much of
+    an engine that plans. There is such a thread for when nobody offers; mostly it naps.
 
     Args:
         device: Where the windows go: the CPU or a CUDA device.
@@ -50,28 +51,60 @@ class CrewReaders(ReaderPool):
     def __init__(self, device: torch.device, spec: CrewSpec) -> None:
         super().__init__(device, spec.readers)
         self._spec = spec
+        self._offered: deque[Window] = deque()
         self._asked: deque[_Asked] = deque()
         self._most_asked = spec.most_windows
+        self._turn = threading.Lock()  # for one thread at a time to hand out and look
+        self._needed = threading.Event()
+        self._nap = _NAP
+        self._is_ready = self._is_ended = False
         self._is_sound = True
         self._base = 0
         self._crew: Crew
         self._writer: Writer
         self.start(1, "feeder")
 
+    def hand_on(self, window: Window) -> None:
+        """Ask for it at once if the crew takes more; if not, the feeder will."""
+        self._offered.append(window)
+        if not self._needed.is_set():
+            self._needed.set()
+        if self._device.type == "cuda" and torch._C._cuda_getDevice() != self._index:
+            return
+        if self._is_ready and self._turn.acquire(blocking=False):
+            try:
+                self._hand_out()
+            finally:
+                self._turn.release()
+
+    def end(self) -> None:
+        """The feeder does the rest."""
+        self._is_ended = True
+        self._needed.set()
+
+    def wait(self) -> None:
+        """Return once nothing is under way, whatever became of it."""
+        self._nap = _SHORT_NAP
+        super().wait()
+        self._nap = _NAP
+
     def work(self) -> None:
-        """Take windows until there comes None."""
-        with torch.inference_mode():
-            is_ready = self._get_ready()
-            while (window := self._next()) is not None:
-                try:
-                    if self._failure is None:
-                        self._begin(window)
-                        continue
-                except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
-                    self._give_up(error)
-                self.finish(window)
-            if is_ready:
+        """Hand out what is left, note what has arrived, and give the crew back at the end."""
+        self._is_ready = self._get_ready()
+        while not self._is_ended:
+            self._needed.wait()
+            self._needed.clear()
+            with self._turn:
+                self._look()
+                self._hand_out()
+            if self._offered or self._asked:
+                self._needed.set()
+                time.sleep(self._nap)
+        with self._turn:
+            if self._is_ready:
                 self._leave()
+            self._is_ready = False
+            self._drop_offered()
 
     def _get_ready(self) -> bool:
         try:
@@ -97,7 +130,7 @@ class CrewReaders(ReaderPool):
         """Give the crew back, with no file open and nothing under way."""
         while self._asked:
             self._look()
-            time.sleep(_NAP)
+            time.sleep(_SHORT_NAP)
         try:
             self._writer.wait(self._let_go)
             if self._is_sound:
@@ -111,25 +144,39 @@ class CrewReaders(ReaderPool):
         if not self._is_sound:
             self._crew.words.let_go()
 
-    def _next(self) -> Window | None:
-        """The next window, or None at the end; notes meanwhile what has arrived."""
-        while self._asked:
-            try:
-                return self._waiting.get(timeout=_NAP)
-            except queue.Empty:
-                self._look()
-        return self._waiting.get()
-
     def _look(self) -> None:
         """Note what has arrived, or that nothing will."""
         try:
-            if self._is_sound:
+            if self._is_ready and self._is_sound:
                 self._note_arrivals()
                 self._crew.check()
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self._give_up(error)
         while self._asked and not self._is_sound:
             self.finish(self._asked.popleft().window)
+
+    def _hand_out(self) -> None:
+        """Ask for what was offered, as far as the crew takes more."""
+        try:
+            with torch._C.DisableTorchFunction():  # an engine's thread may watch what it does itself
+                while self._offered and self._failure is None and self._takes_more():
+                    self._begin(self._offered[0])
+                    self._offered.popleft()
+        except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
+            self._give_up(error)
+        if self._failure is not None:
+            self._drop_offered()
+
+    def _takes_more(self) -> bool:
+        if not self._is_ready:
+            return False
+        if len(self._asked) >= self._most_asked:
+            self._note_arrivals()
+        return len(self._asked) < self._most_asked
+
+    def _drop_offered(self) -> None:
+        while self._offered:
+            self.finish(self._offered.popleft())
 
     def _note_arrivals(self) -> None:
         """Finish the windows that were fetched, in their order."""
@@ -167,11 +214,6 @@ class CrewReaders(ReaderPool):
             self._write(window, staged.data_ptr() if as_one else None, staged)
             self._writer.run(functools.partial(self.finish, self._told(window)))
             return
-        while len(self._asked) >= self._most_asked:
-            self._look()
-            time.sleep(_NAP)
-        if not self._is_sound:
-            raise RuntimeError("readers have given up")
         is_direct = window.file.is_direct(window.start, window.stop)
         way, plain = window.file.way(is_direct=is_direct), window.file.way(is_direct=False)
         number, parts, position = self._crew.ask(way, plain, window.start, window.stop)
@@ -206,7 +248,8 @@ class CrewReaders(ReaderPool):
 
     def _place(self, window: Window, data: torch.Tensor) -> None:
         """Cast and scatter a window's bytes on the device that they are for."""
-        place(window, data.to(self._device, non_blocking=True))
+        with torch.inference_mode():
+            place(window, data.to(self._device, non_blocking=True))
 
     def _told(self, window: Window) -> Window:
         """The window, once who waits for it knows, or will know, that it is in place."""

@@ -30,7 +30,6 @@ class ReaderPool(abc.ABC):
     def __init__(self, device: torch.device, readers: int) -> None:
         self.readers = readers
         self._device = device
-        self._waiting: queue.SimpleQueue[Window | None] = queue.SimpleQueue()
         self._placed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._under_way = 0
         self._failure: BaseException | None = None
@@ -54,10 +53,18 @@ class ReaderPool(abc.ABC):
 
     @abc.abstractmethod
     def work(self) -> None:
-        """Take windows until there comes None, and :meth:`finish` each."""
+        """What each thread does until :meth:`end`."""
+
+    @abc.abstractmethod
+    def hand_on(self, window: Window) -> None:
+        """Have a window read, and then :meth:`finish` it."""
+
+    @abc.abstractmethod
+    def end(self) -> None:
+        """Have the threads drop the windows that wait, and end."""
 
     def submit(self, window: Window) -> None:
-        """Queue a window; waits while too many are ahead of the readers.
+        """Hand on a window; waits while too many are ahead of the readers.
 
         Raises:
             CheckpointError: A window before this one could not be read.
@@ -66,7 +73,7 @@ class ReaderPool(abc.ABC):
             self._check()
 
     def offer(self, window: Window) -> bool:
-        """Queue a window as :meth:`submit` does; False if one before it could not be read."""
+        """Hand on a window as :meth:`submit` does; False if one before it could not be read."""
         if self._failure is not None:
             return False
         if window.ready is None:
@@ -74,7 +81,7 @@ class ReaderPool(abc.ABC):
         if self._under_way == WINDOWS_AHEAD:
             self._await_one()
         self._under_way += 1
-        self._waiting.put(window)
+        self.hand_on(window)
         return True
 
     def work_before(self) -> torch.Event | None:
@@ -111,10 +118,9 @@ class ReaderPool(abc.ABC):
             self._await_one()
 
     def close(self) -> None:
-        """Drop what is queued, end the threads and wait for them."""
+        """Drop what waits, end the threads and wait for them."""
         self._failure = self._failure or RuntimeError("this load is closed")
-        for _ in self._workers:
-            self._waiting.put(None)
+        self.end()
         for worker in self._workers:
             worker.join()
 
@@ -142,7 +148,17 @@ class HostReaders(ReaderPool):
 
     def __init__(self, device: torch.device, readers: int) -> None:
         super().__init__(device, readers)
+        self._waiting: queue.SimpleQueue[Window | None] = queue.SimpleQueue()
         self.start(readers, "reader")
+
+    def hand_on(self, window: Window) -> None:
+        """For whichever thread is free."""
+        self._waiting.put(window)
+
+    def end(self) -> None:
+        """One None for each."""
+        for _ in self._workers:
+            self._waiting.put(None)
 
     def work(self) -> None:
         """Take windows until there comes None."""
