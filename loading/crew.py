@@ -143,19 +143,20 @@ class Crew:
         Raises:
             PlanAborted: The readers are gone.
         """
-        if not {way.number, plain.number} <= self._known:
+        if not (way.number in self._known and plain.number in self._known):
             self._introduce({way.number: way, plain.number: plain})
         window, self._next = self._next, self._next + 1
         place, first = window % self.spec.slots * self._slot_bytes, start - start % way.alignment
-        count, table = 0, self.words.jobs
-        for position, *lengths in parts_of(start, stop, way.alignment, self._part_bytes):
-            job = (position, lengths[0], place + position - first, lengths[1], way.most)
-            record = (self._job + count) % JOBS * JOB_BYTES
-            JOB.pack_into(table, record, *job, way.number, plain.number, window, count)
-            count += 1
-        self._send(_NUMBERS[self._job * NUMBER.size : (self._job + count) * NUMBER.size])
-        self._job = (self._job + count) % JOBS
-        return window, count, place + start - first
+        job, table, last = self._job, self.words.jobs, (way.most, way.number, plain.number, window)
+        parts = parts_of(start, stop, way.alignment, self._part_bytes)
+        for part, (position, length, needed) in enumerate(parts):
+            record = (job + part) % JOBS * JOB_BYTES
+            JOB.pack_into(
+                table, record, position, length, place + position - first, needed, *last, part
+            )
+        self._send(_NUMBERS[job * NUMBER.size : (job + len(parts)) * NUMBER.size])
+        self._job = (job + len(parts)) % JOBS
+        return window, len(parts), place + start - first
 
     def check(self) -> None:
         """See that no reader is gone.

@@ -158,7 +158,9 @@ class CrewReaders(ReaderPool):
     def _hand_out(self) -> None:
         """Ask for what was offered, as far as the crew takes more."""
         try:
-            with torch._C.DisableTorchFunction():  # an engine's thread may watch what it does itself
+            with (
+                torch._C.DisableTorchFunction()
+            ):  # an engine's thread may watch what it does itself
                 while self._offered and self._failure is None and self._takes_more():
                     self._begin(self._offered[0])
                     self._offered.popleft()

@@ -200,10 +200,11 @@ class ShardFile:
 
     def _direct_descriptor(self) -> int:
         """The file opened a second time, past the page cache; -1 if it does not allow that."""
-        with self._counting:
-            if self._direct is None:
-                self._direct = self._open_directly()
-            return self._direct
+        if self._direct is None:
+            with self._counting:
+                if self._direct is None:
+                    self._direct = self._open_directly()
+        return self._direct
 
     def _open_directly(self) -> int:
         is_local = self.size > 0 and can_bypass_cache(self.identity[0])

@@ -8,7 +8,14 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from weightlift.loading.lazy import LazyTensor
-from weightlift.loading.operations import COPY, SET_ITEM, is_basic, sees_no_data, tensors_in
+from weightlift.loading.operations import (
+    COPY,
+    DESCRIPTIONS,
+    SET_ITEM,
+    is_basic,
+    only_views,
+    tensors_in,
+)
 from weightlift.loading.source import Recorder
 
 
@@ -32,7 +39,9 @@ class PendingGuard(TorchFunctionMode):
     ) -> Any:
         """Settle what this operation reads or writes, then run it."""
         kwargs = kwargs or {}
-        if not (sees_no_data(func, args) or _is_recorded(func, args, kwargs)):
+        if func in DESCRIPTIONS:
+            return func(*args, **kwargs)
+        if not (only_views(func, args) or _is_recorded(func, args, kwargs)):
             tensors = tensors_in((*args, *kwargs.values()))
             real = [item for item in tensors if not isinstance(item, LazyTensor)]
             if real:

@@ -44,6 +44,7 @@ from weightlift.loading.operations import (
 from weightlift.loading.source import JoinedSource, Source
 
 _META = torch.device("meta")
+_TO: Function = torch.Tensor.to
 
 
 def lazy_tensor(source: Source, device: torch.device = CPU) -> LazyTensor:
@@ -118,22 +119,34 @@ def _move(func: Function, args: Args, kwargs: Kwargs) -> Any:
         return _read_and_run(func, args, kwargs)
     stored = geometry(lazy)[3]
     dtype = lazy.cast_to or stored
-    # What an empty tensor would become tells the device and dtype that are asked for.
-    here = torch.empty(0, dtype=dtype, device=lazy.reported_device)
-    probe = func(here, *map(_probe, others), **kwargs)
-    if not isinstance(probe, torch.Tensor) or "memory_format" in kwargs:
+    asked = _asked(func, others, kwargs, lazy.reported_device, dtype)
+    if asked is None or (asked[1] != dtype and lazy.cast_to is not None):
         return _read_and_run(func, args, kwargs)
-    if probe.dtype != dtype and lazy.cast_to is not None:
-        return _read_and_run(func, args, kwargs)
-    if (probe.device, probe.dtype) == (lazy.reported_device, dtype):
+    if asked == (lazy.reported_device, dtype):
         return lazy
     with natively():
-        cast_to = None if probe.dtype == stored else probe.dtype
-        moved = wrap(lazy, lazy.source, probe.device, cast_to)
+        cast_to = None if asked[1] == stored else asked[1]
+        moved = wrap(lazy, lazy.source, asked[0], cast_to)
     if cast_to is not None and as_reported(moved, _META).stride() != geometry(lazy)[1]:
         return _read_and_run(func, args, kwargs)  # a cast has no holes
     lazy.source.is_moved = True
     return moved
+
+
+def _asked(
+    func: Function, others: list[Any], kwargs: Kwargs, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.device, torch.dtype] | None:
+    """Where to and to which dtype this brings a tensor; None for what is more than that."""
+    if "memory_format" in kwargs:
+        return None
+    is_plain = func == _TO and kwargs.keys() <= {"device", "dtype", "non_blocking"}
+    if is_plain and next(tensors_in((*others, *kwargs.values())), None) is None:
+        to, cast, *_ = torch._C._nn._parse_to(*others, **kwargs)
+        if to is None or (to.index is None) == (to.type == "cpu"):
+            return to or device, cast or dtype
+    # What an empty tensor becomes tells it, too, and takes ten times as long on a GPU.
+    probe = func(torch.empty(0, dtype=dtype, device=device), *map(_probe, others), **kwargs)
+    return (probe.device, probe.dtype) if isinstance(probe, torch.Tensor) else None
 
 
 def _probe(argument: Any) -> Any:

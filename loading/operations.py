@@ -119,10 +119,8 @@ def is_basic(key: Any) -> bool:
     )
 
 
-def sees_no_data(func: Function, args: tuple[Any, ...]) -> bool:
-    """Whether this operation never looks at the data of its arguments."""
-    if func in DESCRIPTIONS:
-        return True
+def only_views(func: Function, args: tuple[Any, ...]) -> bool:
+    """Whether this operation gives a view of its first argument, and looks at no data."""
     if func not in _BLIND:
         return False
     if len(args) == 1:

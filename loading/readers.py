@@ -17,6 +17,11 @@ from weightlift.loading.settings import MIB, Settings
 FEWEST_SLOTS = 3
 """One that is read, one that the device fetches, and one to come."""
 
+UNDER_WAY_BYTES = 8 * MIB
+"""For each reader of a rank that is alone on its host: twelve have 96 MiB. Where ranks share the host
+each has half of that, so that the bytes of all are still in the processor's cache when the device
+fetches them."""
+
 
 def open_readers(device: torch.device, settings: Settings) -> ReaderPool:
     """Readers for one load to this device."""
@@ -26,15 +31,11 @@ def open_readers(device: torch.device, settings: Settings) -> ReaderPool:
 
 
 def crew_for(device: torch.device, settings: Settings) -> CrewSpec:
-    """The crew for loads to this device.
-
-    A slot for each reader, of which several work on a window: twelve have 96 MiB under way. Where ranks
-    share the host each has half of that, so that the bytes of all are still in the processor's cache
-    when the device fetches them.
-    """
-    window, is_alone = window_bytes(device), ranks_here() == 1
-    readers = affordable_readers(settings, window if is_alone else window // 2)
-    slots = max(FEWEST_SLOTS, readers if is_alone else readers // 2)
+    """The crew for loads to this device; several readers work on a window."""
+    window = window_bytes(device)
+    each = UNDER_WAY_BYTES if ranks_here() == 1 else UNDER_WAY_BYTES // 2
+    readers = affordable_readers(settings, each)
+    slots = max(FEWEST_SLOTS, readers * each // window)
     return CrewSpec(
         readers,
         max(1, min(slots, _staging_bytes(settings) // window)),

@@ -9,9 +9,8 @@ import ctypes
 import functools
 import platform
 import struct
-from collections.abc import Iterable
 
-_OPERATION = struct.Struct("=I4xQQI4xQ8x")  # CUstreamBatchMemOpParams
+_OPERATION = "I4xQQI4xQ8x"  # CUstreamBatchMemOpParams
 _WAIT_VALUE_32 = 1
 _AT_LEAST, _AFTER_ALL_BEFORE = 0, 0
 _STORES_IN_ORDER = ("x86_64", "AMD64")
@@ -48,14 +47,16 @@ class StreamWords:
         _check(self._find(ctypes.byref(found), ctypes.c_void_p(host), 0))
         return found.value
 
-    def wait(self, stream: int, addresses: Iterable[int], number: int) -> None:
-        """Have the stream go on once the words at all these addresses are at least ``number``.
+    def wait(self, stream: int, address: int, words: int, number: int) -> None:
+        """Have the stream go on once so many words from this address on are at least ``number``.
 
         Raises:
             RuntimeError: The device cannot do that.
         """
-        work = [_OPERATION.pack(_WAIT_VALUE_32, word, number, _AT_LEAST, 0) for word in addresses]
-        _check(self._operate(stream, len(work), b"".join(work), 0))
+        values: list[int] = []
+        for word in range(address, address + 4 * words, 4):
+            values += (_WAIT_VALUE_32, word, number, _AT_LEAST, 0)
+        _check(self._operate(stream, words, _operations(words).pack(*values), 0))
 
     def write(self, stream: int, address: int, number: int) -> None:
         """Have the stream write a word once all before it is done.
@@ -72,6 +73,11 @@ class StreamWords:
             RuntimeError: The device cannot.
         """
         _check(self._copy(target, source, nbytes, stream))
+
+
+@functools.cache
+def _operations(count: int) -> struct.Struct:
+    return struct.Struct(f"={_OPERATION * count}")
 
 
 def _check(error: int) -> None:

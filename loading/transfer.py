@@ -6,6 +6,7 @@ model of many experts has tens of thousands.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -112,11 +113,14 @@ class Transfer:
 
     def in_file_order(self) -> Transfer:
         """The same copy with the dimension first that strides furthest through the file."""
-        order = sorted(range(len(self.shape)), key=lambda dimension: -self.stride[dimension])
+        stride = self.stride
+        if all(before >= after for before, after in itertools.pairwise(stride)):
+            return self
+        order = sorted(range(len(self.shape)), key=lambda dimension: -stride[dimension])
         return replace(
             self,
             shape=tuple(self.shape[dimension] for dimension in order),
-            stride=tuple(self.stride[dimension] for dimension in order),
+            stride=tuple(stride[dimension] for dimension in order),
             target=self.target.permute(order),
         )
 
@@ -139,8 +143,7 @@ class Transfer:
     def split(self, most: int) -> Iterator[Run | Transfer]:
         """The same work in pieces that span at most ``most`` bytes, or one element."""
         if self.is_direct:
-            memory = self.target.as_strided((self.target.numel(),), (1,)).view(torch.uint8)
-            yield from Run(self.offset, self.stop, memory, 0).split(most)
+            yield from Run(self.offset, self.stop, self.target, 0).split(most)
         elif self.span <= most or not self.shape:
             yield self
         else:

@@ -41,7 +41,7 @@ the page cache takes whole pages), the most that one read takes, the number of t
 as it is read through the page cache, the number of the window, and that of this part of it."""
 
 JOB_BYTES = 64
-JOBS = 256
+JOBS = 512
 """Places in the table: more than there are jobs that wait or are done."""
 
 NUMBER = struct.Struct("=I")

@@ -74,7 +74,7 @@ class CudaWriter:
         self._streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
         self._handles = [stream.cuda_stream for stream in self._streams]
         self._turn = 0
-        words.wait(self._handles[0], [self._read], 0)
+        words.wait(self._handles[0], self._read, 1, 0)
 
     def begin(self, ready: torch.Event | None) -> None:
         """The next stream's turn."""
@@ -85,7 +85,7 @@ class CudaWriter:
     def await_read(self, window: int, parts: int) -> None:
         """The stream waits."""
         line = self._read + window % self._slots * LINE * 4
-        self._words.wait(self._handles[self._turn], range(line, line + 4 * parts, 4), window)
+        self._words.wait(self._handles[self._turn], line, parts, window)
 
     def write(self, copies: Copies) -> None:
         """Start these copies."""

@@ -57,9 +57,9 @@ def test_ranks_share_the_cores(host: Path, monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setattr(module, "ranks_here", lambda ranks=ranks: ranks)
         assert budget.reader_count() == count
         assert crew_for(CUDA, Settings(num_load_threads=5)).readers == 5
-        assert crew_for(CUDA, Settings()).slots == max(readers.FEWEST_SLOTS, count // 2)
+        assert crew_for(CUDA, Settings()).slots == max(readers.FEWEST_SLOTS, count * 4 // 12)
     monkeypatch.setattr(readers, "ranks_here", lambda: 1)
-    assert crew_for(CUDA, Settings(num_load_threads=7)).slots == 7
+    assert crew_for(CUDA, Settings(num_load_threads=12)).slots == 8
 
 
 def test_staging_in_a_small_container(host: Path) -> None:
