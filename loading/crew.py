@@ -9,59 +9,34 @@ that way, at 47 by native threads, and at 32 by threads of this interpreter, whi
 from __future__ import annotations
 
 import array
-import contextlib
-import ctypes
 import logging
-import os
-import select
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final
 
-from weightlift.loading import worker
-from weightlift.loading.crew_spec import CrewSpec
+from weightlift.loading import reader_group
+from weightlift.loading.crew_spec import CrewSpec, Way
 from weightlift.loading.errors import PlanAborted
-from weightlift.loading.files import Way
+from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.ring import SharedRing
 from weightlift.loading.worker import (
     CLOSE,
     CLOSED,
-    DONE,
     FILE,
     JOB,
     JOB_BYTES,
     JOBS,
     LINE,
     NUMBER,
-    READY,
-    Reader,
     Words,
 )
 
 logger = logging.getLogger("weightlift")
-
-START_SECONDS = 20.0
-"""Processes that are not ready by then are given up."""
-
-ANSWER_SECONDS = 5.0
-"""Readers without work that have not answered by then are given up."""
 
 _NUMBERS: Final = array.array("I", [*range(JOBS), *range(LINE)]).tobytes()
 """Those of jobs, one after the other; after the last comes the first."""
 
 MOST_FILES: Final = 100
 """Descriptors that may wait for a reader that has needed none of them."""
-
-_ANSWERS = 256
-# A call that keeps the interpreter lock: to get it back from an engine that plans takes 5 ms.
-_LIBC: Final = ctypes.PyDLL(None, use_errno=True)
-_QUIETLY = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 
 
 class Crew:
@@ -75,6 +50,7 @@ class Crew:
         in_processes: Whether they are processes.
         ring: The memory of all slots.
         words: What is read, and what is free; see :class:`~weightlift.loading.worker.Words`.
+        readers: The readers.
 
     Raises:
         OSError: The host has no such memory.
@@ -82,26 +58,19 @@ class Crew:
 
     def __init__(self, spec: CrewSpec) -> None:
         self.spec = spec
+        self.in_processes = spec.in_processes
         self.ring = SharedRing(spec.memory_bytes)
         self.words = Words(self.ring.view, spec.slots)
+        self.readers = ReaderGroup(spec, self.ring)
         self._slot_bytes, self._part_bytes = spec.slot_bytes, spec.part_bytes
-        self.in_processes = spec.in_processes
         self._next = spec.slots
         self._job = 0
-        self._jobs = -1
-        self._own: list[socket.socket] = []
-        self._theirs: list[socket.socket] = []
         self._known: set[int] = set()
-        self._files: dict[int, int] = {}
-        self._threads: list[threading.Thread] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        self._answers = self._done = self._listened = -1
-        self._poller = select.poll()
 
     @property
     def is_started(self) -> bool:
         """Whether it has readers."""
-        return self._jobs >= 0
+        return self.readers.is_started
 
     def start(self) -> None:
         """Have all readers ready, and the memory page-locked.
@@ -111,7 +80,7 @@ class Crew:
         """
         if self.in_processes:
             try:
-                self._start(self._start_processes)
+                self.readers.start_processes()
             except (OSError, ValueError, PlanAborted) as error:
                 self.stop()
                 self.in_processes = False
@@ -121,8 +90,10 @@ class Crew:
                     error,
                 )
         if not self.is_started:
-            self._start(self._start_threads)
-        if self.spec.pinned:  # the readers have touched its pages
+            self.readers.start_threads()
+        self.words.reset()  # the readers have touched the memory
+        self._next = self.spec.slots
+        if self.spec.pinned:
             self.ring.pin()
 
     def ask(self, way: Way, plain: Way, start: int, stop: int) -> tuple[int, int, int]:
@@ -154,20 +125,11 @@ class Crew:
             JOB.pack_into(
                 table, record, position, length, place + position - first, needed, *last, part
             )
-        self._send(_NUMBERS[job * NUMBER.size : (job + len(parts)) * NUMBER.size])
+        self.readers.send(_NUMBERS[job * NUMBER.size : (job + len(parts)) * NUMBER.size])
         self._job = (job + len(parts)) % JOBS
         return window, len(parts), place + start - first
 
-    def check(self) -> None:
-        """See that no reader is gone.
-
-        Raises:
-            PlanAborted: One is.
-        """
-        if any(happened & ~select.POLLIN for _, happened in self._poller.poll(0)):
-            raise _gone("its socket is closed")
-
-    def close_files(self, seconds: float | None = ANSWER_SECONDS) -> None:
+    def close_files(self, seconds: float | None = reader_group.ANSWER_SECONDS) -> None:
         """Return once no reader has a file open.
 
         Args:
@@ -177,22 +139,16 @@ class Crew:
             PlanAborted: A reader is gone, or does not answer.
         """
         self._known.clear()
-        self._files.clear()
-        if self._own:
-            self._send(NUMBER.pack(CLOSE) * len(self._own))
-            self._await(CLOSED, seconds)
-        self._tell_each(FILE.pack(0))
+        self.readers.files.clear()
+        if self.readers.is_processes:
+            self.readers.tell_all(NUMBER.pack(CLOSE))
+            self.readers.await_answers(CLOSED, seconds)
+            self.readers.tell_each(FILE.pack(0))
 
     def stop(self) -> None:
         """End the readers. The memory stays."""
-        self._close_own()
-        for thread in self._threads:
-            thread.join()
-        self._close_all()
-        if self._process is not None:
-            _end(self._process)
+        self.readers.stop()
         self._known.clear()
-        self._threads, self._process = [], None
 
     def release(self) -> int:
         """End the readers and free the memory; returns its bytes."""
@@ -202,114 +158,18 @@ class Crew:
 
     def forget(self) -> None:
         """In a forked child: let go of what is the parent's."""
-        self._close_all()
+        self.readers.close()
         self.ring.forget()
-
-    def _close_own(self) -> None:
-        """What the readers see the end of."""
-        for end in self._own:
-            end.close()
-        _close(self._jobs)
-        self._own, self._jobs = [], -1
-
-    def _close_all(self) -> None:
-        self._close_own()
-        for end in self._theirs:
-            end.close()
-        _close(self._answers, self._done, self._listened)
-        self._theirs, self._answers, self._done, self._listened = [], -1, -1, -1
-
-    def _start(self, have_readers: Callable[[], None]) -> None:
-        self._answers, self._done = os.pipe()
-        self._listened, self._jobs = os.pipe()
-        self._poller = select.poll()
-        self._poller.register(self._answers, select.POLLIN)
-        self._poller.register(self._jobs, 0)  # tells of its end alone
-        have_readers()
-        self._await(READY, START_SECONDS)
-        self.words.reset()  # the readers have touched the memory
-        self._next = self.spec.slots
-
-    def _open_socket(self) -> socket.socket:
-        """Our end of a new socket, watched; the other is theirs."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._theirs.append(theirs)
-        self._poller.register(ours, 0)
-        return ours
-
-    def _start_processes(self) -> None:
-        if not sys.executable or self.ring.descriptor < 0:
-            raise OSError("there is no Python to run them, or no memory to share")
-        self._own = [self._open_socket() for _ in range(self.spec.readers)]
-        theirs = [end.fileno() for end in self._theirs]
-        descriptors = [self.ring.descriptor, self._done, self._listened, *theirs]
-        numbers = [descriptors[0], self.spec.slots, *descriptors[1:]]
-        libraries = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(worker.__file__)), *map(str, numbers)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=descriptors,
-            env=libraries,  # what an engine preloads for CUDA is not for them
-            start_new_session=True,  # Ctrl-C is for the engine, whose end ends them
-        )
-        for end in self._theirs:  # or nobody hears when a reader's own is closed
-            end.close()
-        _close(self._done, self._listened)
-        self._theirs, self._done, self._listened = [], -1, -1
-
-    def _start_threads(self) -> None:
-        """Threads share the descriptors of this process; a copy for each could be too many."""
-        worker.touch(self.ring.view)
-        for number in range(self.spec.readers):
-            reader = Reader(
-                number, self._listened, None, self._done, self.ring.view, self.spec.slots
-            )
-            reader.files = self._files
-            thread = threading.Thread(
-                target=reader.serve, name=f"weightlift-reader-{number}", daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
 
     def _introduce(self, ways: dict[int, Way]) -> None:
         """Have the readers know these files."""
-        if ways.keys() <= self._known:
-            return
-        if self._own and len(self._known) > MOST_FILES:
+        if self.readers.is_processes and len(self._known) > MOST_FILES:
             self.close_files(None)
         for number in ways.keys() - self._known:
-            self._files[number] = descriptor = ways[number].descriptor
+            self.readers.files[number] = descriptor = ways[number].descriptor
             along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-            self._tell_each(FILE.pack(number), along)
+            self.readers.tell_each(FILE.pack(number), along)
             self._known.add(number)
-
-    def _tell_each(
-        self, message: bytes, along: Sequence[tuple[int, int, array.array[int]]] = ()
-    ) -> None:
-        try:
-            for own in self._own:
-                own.sendmsg([message], along, _QUIETLY)
-        except OSError as error:
-            raise _gone(str(error)) from error
-
-    def _send(self, numbers: bytes) -> None:
-        if _LIBC.write(self._jobs, numbers, len(numbers)) < len(numbers):
-            raise _gone(os.strerror(ctypes.get_errno()))
-
-    def _await(self, answer: int, seconds: float | None) -> None:
-        """Return once each reader has given this answer."""
-        until, waiting = time.monotonic() + (seconds or 0), self.spec.readers
-        while waiting:
-            left = None if seconds is None else max(0.0, until - time.monotonic()) * 1000
-            found = dict(self._poller.poll(left))
-            if not found:
-                raise PlanAborted("readers do not answer")
-            if not found.get(self._answers, 0) & select.POLLIN:
-                raise _gone("its socket is closed")
-            answers = os.read(self._answers, DONE.size * _ANSWERS)
-            waiting -= sum(told == answer for _, told in DONE.iter_unpack(answers))
 
 
 def parts_of(start: int, stop: int, alignment: int, most: int) -> list[tuple[int, int, int]]:
@@ -327,23 +187,3 @@ def parts_of(start: int, stop: int, alignment: int, most: int) -> list[tuple[int
         (position, min(most, end - position), min(most, stop - position))
         for position in range(first, end, most)
     ]
-
-
-def _close(*descriptors: int) -> None:
-    for descriptor in descriptors:
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the readers, who end when their sockets close; not for those that hang in a read."""
-    try:
-        process.wait(ANSWER_SECONDS)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _gone(why: str) -> PlanAborted:
-    return PlanAborted(f"a reader process died ({why}); is the host short of memory?")

@@ -1,8 +1,9 @@
-"""What a crew is to be like."""
+"""What a crew is to be like, and how it is to read a file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from weightlift.loading.residency import PAGE
 from weightlift.loading.worker import JOBS, LINE, words_bytes
@@ -10,6 +11,22 @@ from weightlift.loading.worker import JOBS, LINE, words_bytes
 PART_BYTES = 2 << 20
 """What one job reads. Of smaller ones the bytes stay longer in the processor's cache; each costs the
 thread that hands them out 6 us."""
+
+
+class Way(NamedTuple):
+    """How others are to read a file.
+
+    Attributes:
+        number: Of this way into the file; no other open file has it.
+        descriptor: Where to read.
+        alignment: First bytes and lengths of reads are multiples of it, but for the file's end.
+        most: Bytes that one read should take.
+    """
+
+    number: int
+    descriptor: int
+    alignment: int
+    most: int
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import functools
 import threading
 import time
 from collections import deque
-from typing import NamedTuple
 
 import torch
 
@@ -14,34 +13,23 @@ from weightlift.loading.crew import Crew
 from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.crews import crews
 from weightlift.loading.errors import CheckpointError
-from weightlift.loading.placement import Copies, place
 from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
-from weightlift.loading.stage import active_stage
-from weightlift.loading.transfer import Run
+from weightlift.loading.submission import Asked, Submission
 from weightlift.loading.worker import LINE
 from weightlift.loading.writers import Writer, make_writer
 
 _NAP, _SHORT_NAP = 2e-3, 5e-4
-"""The crew has work for longer."""
-
-
-class _Asked(NamedTuple):
-    """A window that a crew was asked for."""
-
-    number: int
-    parts: int
-    window: Window
-    is_direct: bool
+"""Of the feeder, beside an engine that plans, and while one waits. The crew has work for longer."""
 
 
 class CrewReaders(ReaderPool):
     """A crew that reads, told what to do some windows ahead.
 
     Which window's bytes are there, and which slot is free again, crew and device tell each other, so that
-    nobody has to be on time. Windows are handed out by the thread that offers them: it takes some 40 us
-    for each, and a thread beside it would take that and, by coming in between, three times as much of
-    an engine that plans. There is such a thread for when nobody offers; mostly it naps.
+    nobody has to be on time. Windows are handed out by the thread that offers them: a thread beside it
+    would take as long, and the engine that plans would wait for the interpreter at each turn. A thread,
+    the feeder, does it while nobody offers; mostly it naps.
 
     Args:
         device: Where the windows go: the CPU or a CUDA device.
@@ -52,20 +40,23 @@ class CrewReaders(ReaderPool):
         super().__init__(device, spec.readers)
         self._spec = spec
         self._offered: deque[Window] = deque()
-        self._asked: deque[_Asked] = deque()
+        self._asked: deque[Asked] = deque()
         self._most_asked = spec.most_windows
         self._turn = threading.Lock()  # for one thread at a time to hand out and look
         self._needed = threading.Event()
         self._nap = _NAP
         self._is_ready = self._is_ended = False
         self._is_sound = True
-        self._base = 0
         self._crew: Crew
         self._writer: Writer
+        self._submission: Submission
         self.start(1, "feeder")
 
     def hand_on(self, window: Window) -> None:
-        """Ask for it at once if the crew takes more; if not, the feeder will."""
+        """Ask for it at once if the crew takes more; if not, the feeder will.
+
+        The device's functions work on the calling thread's current device.
+        """
         self._offered.append(window)
         if not self._needed.is_set():
             self._needed.set()
@@ -109,9 +100,9 @@ class CrewReaders(ReaderPool):
     def _get_ready(self) -> bool:
         try:
             self._crew = crews.take(self._spec)
-            self._base = self._crew.ring.memory.data_ptr()
             try:
                 self._writer = make_writer(self._device, self._crew, self._give_up)
+                self._submission = Submission(self._device, self._crew, self._writer)
             except BaseException:
                 crews.give(self._crew)
                 raise
@@ -121,7 +112,7 @@ class CrewReaders(ReaderPool):
         return True
 
     def _give_up(self, error: BaseException) -> None:
-        """Note why windows are not read from now on; nobody waits for the others any more."""
+        """Note why windows are not read from now on, and have nobody wait for them."""
         self._is_sound = False
         self._crew.words.let_go()
         self.fail(error)
@@ -149,7 +140,7 @@ class CrewReaders(ReaderPool):
         try:
             if self._is_ready and self._is_sound:
                 self._note_arrivals()
-                self._crew.check()
+                self._crew.readers.check()
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self._give_up(error)
         while self._asked and not self._is_sound:
@@ -158,9 +149,7 @@ class CrewReaders(ReaderPool):
     def _hand_out(self) -> None:
         """Ask for what was offered, as far as the crew takes more."""
         try:
-            with (
-                torch._C.DisableTorchFunction()
-            ):  # an engine's thread may watch what it does itself
+            with torch._C.DisableTorchFunction():  # engines' threads are watched
                 while self._offered and self._failure is None and self._takes_more():
                     self._begin(self._offered[0])
                     self._offered.popleft()
@@ -195,7 +184,7 @@ class CrewReaders(ReaderPool):
             self._asked.popleft()
             self.finish(first.window)
 
-    def _find_out_why(self, asked: _Asked) -> None:
+    def _find_out_why(self, asked: Asked) -> None:
         """Read again what a reader could not."""
         window, file = asked.window, asked.window.file
         file.read(window.start, window.span)
@@ -207,55 +196,9 @@ class CrewReaders(ReaderPool):
         )
 
     def _begin(self, window: Window) -> None:
-        """Have a window read, or place it at once where its bytes are in memory already."""
+        """Have a window read, or brought to its targets where its bytes are in memory already."""
         staged = window.file.staged_view(window.start, window.stop)
-        if staged is not None:
-            stage = active_stage()
-            as_one = stage is not None and not stage.is_straddling(staged)
-            self._writer.begin(window.ready)
-            self._write(window, staged.data_ptr() if as_one else None, staged)
-            self._writer.run(functools.partial(self.finish, self._told(window)))
-            return
-        is_direct = window.file.is_direct(window.start, window.stop)
-        way, plain = window.file.way(is_direct=is_direct), window.file.way(is_direct=False)
-        number, parts, position = self._crew.ask(way, plain, window.start, window.stop)
-        self._writer.begin(window.ready)
-        self._writer.await_read(number, parts)
-        self._write(window, self._base + position, position)
-        self._told(window)
-        self._writer.free(number)
-        self._asked.append(_Asked(number, parts, window, is_direct))
-
-    def _write(self, window: Window, address: int | None, data: torch.Tensor | int) -> None:
-        """Bring a window's bytes to its targets.
-
-        Args:
-            window: The window.
-            address: Where its bytes are, if all of them can be copied from there by address.
-            data: Its bytes, or where in the crew's memory they are.
-        """
-        copies = Copies()
-        if address is not None:
-            base = address - window.start
-            for piece in window.pieces:
-                if not isinstance(piece, Run):
-                    break
-                copies.add(piece.address, base + piece.offset, piece.nbytes)
-        if len(copies.sizes) == len(window.pieces):
-            self._writer.write(copies)
-            return
-        if isinstance(data, int):
-            data = self._crew.ring.memory[data : data + window.span]
-        self._writer.run(functools.partial(self._place, window, data))
-
-    def _place(self, window: Window, data: torch.Tensor) -> None:
-        """Cast and scatter a window's bytes on the device that they are for."""
-        with torch.inference_mode():
-            place(window, data.to(self._device, non_blocking=True))
-
-    def _told(self, window: Window) -> Window:
-        """The window, once who waits for it knows, or will know, that it is in place."""
-        issued, window.issued = window.issued, None
-        if issued is not None:
-            self._writer.tell(issued)
-        return window
+        if staged is None:
+            self._asked.append(self._submission.ask(window))
+        else:
+            self._submission.bring(window, staged, functools.partial(self.finish, window))

@@ -9,11 +9,11 @@ import stat
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from weightlift.loading.buffers import Buffer, Staged, after
+from weightlift.loading.crew_spec import Way
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.residency import PAGE, PageCache, can_bypass_cache
 
@@ -27,22 +27,6 @@ _numbers = itertools.count(1)
 
 Identity = tuple[int, int, int, int]
 """Device, inode, bytes, and time of change in nanoseconds: a file rewritten is another one."""
-
-
-class Way(NamedTuple):
-    """How others are to read a file.
-
-    Attributes:
-        number: Of this way into the file; no other open file has it.
-        descriptor: Where to read.
-        alignment: First bytes and lengths of reads are multiples of it, but for the file's end.
-        most: Bytes that one read should take.
-    """
-
-    number: int
-    descriptor: int
-    alignment: int
-    most: int
 
 
 class ShardFile:

@@ -45,6 +45,7 @@ from weightlift.loading.source import JoinedSource, Source
 
 _META = torch.device("meta")
 _TO: Function = torch.Tensor.to
+_parse_to: Any = torch._C._nn._parse_to  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lazy_tensor(source: Source, device: torch.device = CPU) -> LazyTensor:
@@ -141,7 +142,7 @@ def _asked(
         return None
     is_plain = func == _TO and kwargs.keys() <= {"device", "dtype", "non_blocking"}
     if is_plain and next(tensors_in((*others, *kwargs.values())), None) is None:
-        to, cast, *_ = torch._C._nn._parse_to(*others, **kwargs)
+        to, cast, *_ = _parse_to(*others, **kwargs)
         if to is None or (to.index is None) == (to.type == "cpu"):
             return to or device, cast or dtype
     # What an empty tensor becomes tells it, too, and takes ten times as long on a GPU.

@@ -128,10 +128,10 @@ class ReaderPool(abc.ABC):
         """Note why windows are not read from now on."""
         self._failure = self._failure or error
 
-    def finish(self, window: Window, issued: torch.Event | None = None) -> None:
-        """Note that a window is in place, once this event has come, or never will be."""
+    def finish(self, window: Window) -> None:
+        """Note that a window is in place, or never will be."""
         if window.issued is not None:
-            window.issued(issued)
+            window.issued(None)
         self._placed.put(None)
 
     def _check(self) -> None:

@@ -23,18 +23,6 @@ import sys
 import time
 from _socket import socket
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any, Protocol
-
-    class Socket(Protocol):
-        """A socket of whole messages."""
-
-        def recvmsg(self, bufsize: int, ancbufsize: int, /) -> tuple[bytes, list[Any], int, Any]:
-            """A message, and what came along."""
-            ...
-
-
 JOB = struct.Struct("=QQQIIIIII")
 """First byte of the file, how many, where in the memory they go, how many of them must come (a read past
 the page cache takes whole pages), the most that one read takes, the number of the file, that of the file
@@ -134,7 +122,7 @@ class Reader:
         self,
         number: int,
         jobs: int,
-        own: Socket | None,
+        own: socket | None,
         done: int,
         memory: memoryview,
         slots: int,

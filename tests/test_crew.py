@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import gc
 import logging
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +23,14 @@ from hypothesis import strategies as st
 
 from weightlift.loading import crew as crew_module
 from weightlift.loading import crews as crews_module
-from weightlift.loading import feeder, ring, writers
+from weightlift.loading import feeder, placement, reader_group, ring, writers
 from weightlift.loading.crew import Crew, parts_of
-from weightlift.loading.crew_spec import CrewSpec
+from weightlift.loading.crew_spec import CrewSpec, Way
 from weightlift.loading.crews import Crews, crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
-from weightlift.loading.files import ShardFile, Way
+from weightlift.loading.files import ShardFile
 from weightlift.loading.plan import Window
+from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.state_dict import load_into
@@ -68,8 +71,8 @@ def family(pid: int) -> list[int]:
 
 
 def supervisor(crew: Crew) -> int:
-    assert crew._process is not None
-    return crew._process.pid
+    assert crew.readers.process is not None
+    return crew.readers.process.pid
 
 
 def wait_until_read(crew: Crew, window: int, parts: int) -> None:
@@ -163,7 +166,7 @@ def test_nobody_waits_for_a_reader_that_was_killed(tmp_path: Path) -> None:
         assert time.monotonic() < until
         time.sleep(0.001)
     with pytest.raises(PlanAborted, match="a reader process died"):
-        crew.check()
+        crew.readers.check()
     crew.release()
 
 
@@ -216,7 +219,7 @@ def test_readers_that_do_not_answer_are_given_up_and_their_memory_too(
     fill(path, weights)
     before = own._kept
     assert before is not None
-    monkeypatch.setattr(crew_module, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(reader_group, "ANSWER_SECONDS", 2.0)
     os.kill(family(supervisor(before))[0], how)
     fill(path, weights)
     assert own._kept is not before
@@ -237,6 +240,33 @@ def test_a_load_may_pause_for_longer_than_readers_are_kept(
 
     monkeypatch.setattr(feeder.CrewReaders, "_begin", pause)
     fill(path, weights)
+
+
+def test_who_offers_windows_hands_them_out_and_the_feeder_what_is_left(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
+    (path,) = save(weights)
+    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(CrewSpec, "most_windows", 2)
+    begun: collections.Counter[str] = collections.Counter()
+    start, begin = feeder.CrewReaders.start, feeder.CrewReaders._begin
+
+    def start_and_be_ready(self: Any, *arguments: Any) -> None:
+        start(self, *arguments)
+        while not self._is_ready:
+            time.sleep(0.001)
+
+    def note(self: Any, window: Window) -> None:
+        begun[threading.current_thread().name] += 1
+        assert len(self._asked) < 2
+        begin(self, window)
+
+    monkeypatch.setattr(feeder.CrewReaders, "start", start_and_be_ready)
+    monkeypatch.setattr(feeder.CrewReaders, "_begin", note)
+    fill(path, weights)
+    assert begun.total() >= 2 * len(weights)
+    assert begun.keys() == {"MainThread", "weightlift-feeder-0"}
 
 
 def test_a_device_that_fails_does_not_hang_the_load(
@@ -284,7 +314,7 @@ def test_a_crew_that_cannot_start_leaves_nothing_behind(
         raise KeyboardInterrupt
 
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(Crew, "_await", fail)
+    monkeypatch.setattr(ReaderGroup, "await_answers", fail)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             own.take(SPEC)
@@ -299,7 +329,7 @@ def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None
         "from weightlift.loading.crew import Crew\n"
         "from weightlift.loading.crew_spec import CrewSpec\n"
         "crew = Crew(CrewSpec(2, 3, 1 << 20)); crew.start()\n"
-        "print(crew._process.pid, flush=True)\n"
+        "print(crew.readers.process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -388,6 +388,30 @@ def test_a_lazy_tensor_on_another_device_is_not_written_to(save: Any, open_sessi
                 either.mul_(2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("cpu",), {}),
+        ((torch.float64,), {}),
+        ((torch.float64, True), {}),
+        ((), {"device": "meta", "dtype": torch.bfloat16}),
+        ((torch.device("cpu"), torch.float16, True), {}),
+        ((), {"dtype": torch.float32, "copy": False}),
+        ((torch.zeros(1, dtype=torch.int8),), {}),
+        ((), {"tensor": torch.zeros(1, device="meta")}),
+    ],
+)
+def test_a_lazy_tensor_says_that_it_is_where_and_what_it_was_moved_to(
+    save: Any, open_session: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    weight = torch.randn(4, 4)
+    with open_session() as session:
+        ((_, lazy),) = session.iterate(save({"weight": weight}))
+        moved, expected = (each.to(*arguments, **options) for each in (lazy, weight))
+        assert isinstance(moved, LazyTensor)
+        assert (moved.device, moved.dtype) == (expected.device, expected.dtype)
+
+
 def test_a_view_beyond_its_tensor_is_refused(save: Any, open_session: Any) -> None:
     with open_session() as session:
         for _, lazy in session.iterate(save({"a": torch.ones(4, 4), "b": torch.ones(4, 4)})):
