@@ -165,6 +165,13 @@ class Crew:
         """Have the readers know these files."""
         if self.readers.is_processes and len(self._known) > MOST_FILES:
             self.close_files(None)
+        try:
+            self._send_files(ways)
+        except OSError:  # let the readers take what is on its way
+            self.close_files(None)
+            self._send_files(ways)
+
+    def _send_files(self, ways: dict[int, Way]) -> None:
         for number in ways.keys() - self._known:
             self.readers.files[number] = descriptor = ways[number].descriptor
             along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]

@@ -6,17 +6,18 @@ import functools
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
 from weightlift.loading.crew import Crew
 from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.crews import crews
-from weightlift.loading.errors import CheckpointError
+from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
-from weightlift.loading.submission import Asked, Submission
-from weightlift.loading.worker import LINE
+from weightlift.loading.submission import Asked, Submission, copies_alone
+from weightlift.loading.worker import LINE, NEVER
 from weightlift.loading.writers import Writer, make_writer
 
 _NAP, _SHORT_NAP = 2e-3, 5e-4
@@ -29,7 +30,8 @@ class CrewReaders(ReaderPool):
     Which window's bytes are there, and which slot is free again, crew and device tell each other, so that
     nobody has to be on time. Windows are handed out by the thread that offers them: a thread beside it
     would take as long, and the engine that plans would wait for the interpreter at each turn. A thread,
-    the feeder, does it while nobody offers; mostly it naps.
+    the feeder, does it while nobody offers, and where torch has to cast or scatter, which an engine's
+    thread may count or put into memory of its own; mostly it naps.
 
     Args:
         device: Where the windows go: the CPU or a CUDA device.
@@ -64,9 +66,11 @@ class CrewReaders(ReaderPool):
             return
         if self._is_ready and self._turn.acquire(blocking=False):
             try:
-                self._hand_out()
+                self._hand_out(copies_alone)
             finally:
                 self._turn.release()
+            if isinstance(self._failure, KeyboardInterrupt):
+                raise self._failure
 
     def end(self) -> None:
         """The feeder does the rest."""
@@ -87,8 +91,8 @@ class CrewReaders(ReaderPool):
             self._needed.clear()
             with self._turn:
                 self._look()
-                self._hand_out()
-            if self._offered or self._asked:
+                self._hand_out(bool)
+            if self._offered or self._asked or not self._is_sound:
                 self._needed.set()
                 time.sleep(self._nap)
         with self._turn:
@@ -99,6 +103,8 @@ class CrewReaders(ReaderPool):
 
     def _get_ready(self) -> bool:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
             self._crew = crews.take(self._spec)
             try:
                 self._writer = make_writer(self._device, self._crew, self._give_up)
@@ -113,9 +119,9 @@ class CrewReaders(ReaderPool):
 
     def _give_up(self, error: BaseException) -> None:
         """Note why windows are not read from now on, and have nobody wait for them."""
+        self.fail(error)  # first: who sees that nothing is under way looks for it
         self._is_sound = False
-        self._crew.words.let_go()
-        self.fail(error)
+        self._let_go()
 
     def _leave(self) -> None:
         """Give the crew back, with no file open and nothing under way."""
@@ -131,7 +137,7 @@ class CrewReaders(ReaderPool):
         crews.give(self._crew, is_sound=self._is_sound)
 
     def _let_go(self) -> None:
-        """Once more if there was a failure: readers may have written since."""
+        """Again and again after a failure: readers may have written since."""
         if not self._is_sound:
             self._crew.words.let_go()
 
@@ -143,18 +149,24 @@ class CrewReaders(ReaderPool):
                 self._crew.readers.check()
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self._give_up(error)
+        self._let_go()
         while self._asked and not self._is_sound:
             self.finish(self._asked.popleft().window)
 
-    def _hand_out(self) -> None:
-        """Ask for what was offered, as far as the crew takes more."""
+    def _hand_out(self, is_mine: Callable[[Window], bool]) -> None:
+        """Ask for what was offered, in order, as far as the crew takes more and ``is_mine`` says so."""
+        window: Window | None = None
         try:
             with torch._C.DisableTorchFunction():  # engines' threads are watched
-                while self._offered and self._failure is None and self._takes_more():
-                    self._begin(self._offered[0])
-                    self._offered.popleft()
+                while self._failure is None and self._offered and is_mine(self._offered[0]):
+                    if not self._takes_more():
+                        break
+                    window = self._offered.popleft()
+                    self._begin(window)
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self._give_up(error)
+            if window is not None and not (self._asked and self._asked[-1].window is window):
+                self.finish(window)
         if self._failure is not None:
             self._drop_offered()
 
@@ -175,11 +187,14 @@ class CrewReaders(ReaderPool):
         while self._asked:
             first = self._asked[0]
             line = first.number % words.slots * LINE
-            if words.free[line] < first.number:
+            free, short = words.free[line], words.short[line : line + first.parts].tolist()
+            if free < first.number:
                 return
-            for part in range(first.parts):
-                if words.short[line + part] >= first.number:
-                    self._find_out_why(first)
+            if free == NEVER or NEVER in short:
+                self._crew.readers.check()
+                raise PlanAborted("readers gave up")
+            if first.number in short:
+                self._find_out_why(first)
             first.window.file.count(first.window.span, is_direct=first.is_direct)
             self._asked.popleft()
             self.finish(first.window)

@@ -143,11 +143,19 @@ def _asked(
     is_plain = func == _TO and kwargs.keys() <= {"device", "dtype", "non_blocking"}
     if is_plain and next(tensors_in((*others, *kwargs.values())), None) is None:
         to, cast, *_ = _parse_to(*others, **kwargs)
-        if to is None or (to.index is None) == (to.type == "cpu"):
+        if to is None or _is_there(to):
             return to or device, cast or dtype
     # What an empty tensor becomes tells it, too, and takes ten times as long on a GPU.
     probe = func(torch.empty(0, dtype=dtype, device=device), *map(_probe, others), **kwargs)
     return (probe.device, probe.dtype) if isinstance(probe, torch.Tensor) else None
+
+
+def _is_there(device: torch.device) -> bool:
+    """Whether a tensor that is moved to this device says the same of itself."""
+    if device.type == "cpu":
+        return device.index is None
+    is_numbered = device.type == "cuda" and device.index is not None
+    return is_numbered and device.index < torch.cuda.device_count()
 
 
 def _probe(argument: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Readers: they take windows off a queue and put them in place on one device."""
+"""Readers: they take windows and put them in place on one device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ WINDOWS_AHEAD: Final = 4096
 
 
 class ReaderPool(abc.ABC):
-    """The readers of one load, for one device. Fed by one thread at a time: its plan's.
+    """The readers of one load, for one device. Fed by one thread at a time: its plan's, which may do
+    some of the work.
 
     Args:
         device: Where the windows go: the CPU or a CUDA device.

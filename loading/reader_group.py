@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import signal
@@ -104,11 +105,14 @@ class ReaderGroup:
 
         Raises:
             PlanAborted: One is gone, or does not listen.
+            OSError: ``ETOOMANYREFS``: more descriptors are on their way than this user may have open.
         """
         try:
             for own in self._own:
                 own.sendmsg([message], along, _QUIETLY)
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise
             raise _gone(str(error)) from error
 
     def tell_all(self, number: bytes) -> None:
@@ -128,7 +132,7 @@ class ReaderGroup:
             if not found:
                 raise PlanAborted("readers do not answer")
             if not found.get(self._answers, 0) & select.POLLIN:
-                raise _gone("its socket is closed")
+                raise _gone("it closed its end")
             answers = os.read(self._answers, DONE.size * _ANSWERS)
             waiting -= sum(told == answer for _, told in DONE.iter_unpack(answers))
 
@@ -139,7 +143,7 @@ class ReaderGroup:
             PlanAborted: One is.
         """
         if any(happened & ~select.POLLIN for _, happened in self._poller.poll(0)):
-            raise _gone("its socket is closed")
+            raise _gone("it closed its end")
 
     def stop(self) -> None:
         """End them; not waiting for a process that hangs in a read."""

@@ -31,6 +31,11 @@ class Asked(NamedTuple):
     is_direct: bool
 
 
+def copies_alone(window: Window) -> bool:
+    """Whether a window takes copies alone, which need nothing of torch."""
+    return window.file.staged is None and all(isinstance(piece, Run) for piece in window.pieces)
+
+
 class Submission:
     """Tells crew and writer what to do for each window; never waits for either.
 
@@ -56,11 +61,11 @@ class Submission:
         file, start, stop = window.file, window.start, window.stop
         is_direct = file.is_direct(start, stop)
         way, plain = file.way(is_direct=is_direct), file.way(is_direct=False)
-        number, parts, place = self._crew.ask(way, plain, start, stop)
+        number, parts, first = self._crew.ask(way, plain, start, stop)
         self._writer.begin(window.ready)
         self._writer.await_read(number, parts)
-        if not self._copy(window, self._memory + place):
-            self._place(window, self._crew.ring.memory[place : place + window.span])
+        if not self._copy(window, self._memory + first):
+            self._place(window, self._crew.ring.memory[first : first + window.span])
         self._tell(window)
         self._writer.free(number)
         return Asked(number, parts, window, is_direct)
@@ -100,6 +105,6 @@ class Submission:
 
     def _tell(self, window: Window) -> None:
         """Let who waits for a window know when it is, or will be, in place."""
-        issued, window.issued = window.issued, None
-        if issued is not None:
-            self._writer.tell(issued)
+        if window.issued is not None:
+            self._writer.tell(window.issued)
+            window.issued = None

@@ -50,7 +50,7 @@ LINE = 16
 numbered from the number of slots on, and window ``n`` is in slot ``n`` modulo that."""
 
 NEVER = 0x7FFFFFFF
-"""In place of all numbers, once a reader is gone: nobody is to wait any more."""
+"""In place of all numbers, once something failed: nobody is to wait any more."""
 
 _ONE_DESCRIPTOR = 32  # CMSG_SPACE of one, with room to spare
 _NAPS, _NAP, _LONG_NAP_MS = 1000, 2e-5, 1
@@ -138,7 +138,7 @@ class Reader:
         self._end.register(jobs, 0)  # tells of its end alone
 
     def serve(self) -> None:
-        """Do jobs until the other side closes the socket."""
+        """Do jobs until the other side closes the pipe of their numbers."""
         try:
             self._answer(READY)
             while message := os.read(self._jobs, NUMBER.size):
@@ -167,6 +167,8 @@ class Reader:
     ) -> None:
         slot = window % self._words.slots
         self._await_free(slot, window - self._words.slots)
+        if self._words.free[slot * LINE] == NEVER:
+            return
         room = self._memory[place : place + length]
         got = read(self._descriptor(file), offset, room, most)
         if got < needed and plain != file:
@@ -197,6 +199,8 @@ class Reader:
         if not message:
             raise EOFError
         file: int = FILE.unpack(message)[0]
+        if file and not along:
+            raise OSError("the kernel gave no descriptor: there are too many")
         for _, _, data in along:
             self.files[file] = array.array("i", data[:4])[0]
         return file
@@ -247,11 +251,13 @@ def _fork(
     for other, descriptor in enumerate(own):
         if other != number:
             os.close(descriptor)  # or its reader would not see the other side go
+    status = 1
     try:
         mine = socket(fileno=own[number])
         Reader(number, jobs, mine, done, memory, slots).serve()
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def main(shared: int, slots: int, done: int, jobs: int, *own: int) -> None:

@@ -182,8 +182,10 @@ class ThreadWriter:
         """Call it when all is written."""
 
         def call() -> None:
-            self._synchronize()
-            issued(None)
+            try:
+                self._synchronize()
+            finally:
+                issued(None)
 
         self._work.put(call)
 
@@ -211,13 +213,12 @@ class ThreadWriter:
 def make_writer(
     device: torch.device, crew: Crew, failed: Callable[[BaseException], None]
 ) -> Writer:
-    """A writer for the calling thread, which it has use this device.
+    """A writer for this device, which is the calling thread's.
 
     A stream waits only for readers in processes: threads need the interpreter, and who holds it may
     be waiting for the device.
     """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         words = stream_words()
         if words is not None and crew.in_processes and crew.ring.is_pinned:
             try:

@@ -34,7 +34,7 @@ from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.state_dict import load_into
-from weightlift.loading.worker import JOBS, LINE, NEVER
+from weightlift.loading.worker import JOBS, LINE, NEVER, Words
 from weightlift.loading.writers import CudaWriter, ThreadWriter
 
 READERS = 2
@@ -286,6 +286,50 @@ def test_a_device_that_fails_does_not_hang_the_load(
     fill(path, weights)
 
 
+def test_a_load_that_failed_says_so_however_long_it_takes_to_let_go(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
+    (path,) = save(weights)
+    let_go = Words.let_go
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def let_go_slowly(self: Words) -> None:
+        time.sleep(0.05)
+        let_go(self)
+
+    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(ThreadWriter, "write", lambda self, _: self.run(fail))
+    monkeypatch.setattr(Words, "let_go", let_go_slowly)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fill(path, weights)
+
+
+def test_who_waits_for_a_window_hears_of_it_where_the_device_fails(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"w": torch.randn(500, 1000)}
+    (path,) = save(weights)
+    heard: list[Any] = []
+    begin = feeder.CrewReaders._begin
+
+    def ask_to_hear(self: Any, window: Window) -> None:
+        window.issued = heard.append
+        begin(self, window)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(feeder.CrewReaders, "_begin", ask_to_hear)
+    for what in ("tell", "_synchronize"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+            patch.setattr(ThreadWriter, what, fail)
+            fill(path, weights)
+    assert heard == [None, None]
+
+
 def test_threads_take_no_descriptors_of_their_own(
     save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +406,47 @@ def test_a_reader_that_is_killed_fails_the_load_and_not_the_next(
     with pytest.raises(PlanAborted, match="a reader process died"):
         fill(path, weights)
     fill(path, weights)
+
+
+def test_a_reader_that_is_killed_while_it_reads_is_no_damage(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"w{number}": torch.randn(500, 1000) for number in range(40)}
+    (path,) = save(weights)
+    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
+    ask, asked = Crew.ask, [0]
+
+    def kill_later(self: Crew, *arguments: Any) -> Any:
+        asked[0] += 1
+        if asked[0] == 10:
+            os.kill(family(supervisor(self))[0], signal.SIGKILL)
+            time.sleep(0.05)
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(Crew, "ask", kill_later)
+    with pytest.raises(PlanAborted):
+        fill(path, weights)
+
+
+def test_a_file_that_is_cut_short_is_named_though_others_were_read_into_the_slot(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {f"w{number:02}": torch.randn(500, 1000) for number in range(40)}
+    (path,) = save(weights)
+    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(feeder, "_NAP", 0.05)
+    monkeypatch.setattr(feeder, "_SHORT_NAP", 0.05)
+    begin, begun = feeder.CrewReaders._begin, [0]
+
+    def shorten(self: Any, window: Window) -> None:
+        begun[0] += 1
+        if begun[0] == 1:
+            os.truncate(path, 20_000_000)
+        begin(self, window)
+
+    monkeypatch.setattr(feeder.CrewReaders, "_begin", shorten)
+    with pytest.raises(CheckpointError, match="it ends at byte 20000000: truncated while read"):
+        fill(path, weights)
 
 
 @pytest.mark.parametrize("executable", ["/bin/false", "/no/such/python", "", None])
