@@ -158,11 +158,10 @@ class CrewReaders(ReaderPool):
         window: Window | None = None
         try:
             with torch._C.DisableTorchFunction():  # engines' threads are watched
-                while self._failure is None and self._offered and is_mine(self._offered[0]):
-                    if not self._takes_more():
-                        break
+                while self._offered and self._takes_more() and is_mine(self._offered[0]):
                     window = self._offered.popleft()
                     self._begin(window)
+                    window = None
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self._give_up(error)
             if window is not None and not (self._asked and self._asked[-1].window is window):
@@ -171,7 +170,7 @@ class CrewReaders(ReaderPool):
             self._drop_offered()
 
     def _takes_more(self) -> bool:
-        if not self._is_ready:
+        if self._failure is not None or not self._is_ready:
             return False
         if len(self._asked) >= self._most_asked:
             self._note_arrivals()
