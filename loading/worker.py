@@ -53,6 +53,7 @@ NEVER = 0x7FFFFFFF
 """In place of all numbers, once something failed: nobody is to wait any more."""
 
 _ONE_DESCRIPTOR = 32  # CMSG_SPACE of one, with room to spare
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 _NAPS, _NAP, _LONG_NAP_MS = 1000, 2e-5, 1
 
 
@@ -141,6 +142,8 @@ class Reader:
         """Do jobs until the other side closes the pipe of their numbers."""
         try:
             self._answer(READY)
+            if self._own is not None:
+                map_pages(self._memory)  # while the other side pins them
             while message := os.read(self._jobs, NUMBER.size):
                 number = NUMBER.unpack(message)[0]
                 if number == CLOSE:
@@ -239,6 +242,18 @@ def touch(memory: memoryview) -> None:
     """Have the kernel find the pages of some memory, which is quicker by many at once."""
     for position in range(0, len(memory), mmap.PAGESIZE):
         memory[position] = 0
+
+
+def map_pages(memory: memoryview) -> None:
+    """Have the kernel map all pages of some memory into this process.
+
+    It would at the first read into each: 96 MiB were filled in 47 ms that way, in 12 ms when mapped, which
+    took 22.
+    """
+    try:
+        memory.obj.madvise(_POPULATE_WRITE)  # type: ignore[attr-defined]
+    except OSError:  # Linux before 5.14: at the first read, then
+        pass
 
 
 def _fork(

@@ -7,6 +7,7 @@ import errno
 import gc
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -365,6 +366,23 @@ def test_a_crew_that_cannot_start_leaves_nothing_behind(
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
     assert not own._out and own._kept is None
+
+
+@pytest.mark.skipif(
+    tuple(map(int, platform.release().split(".")[:2])) < (5, 14), reason="needs Linux 5.14"
+)
+def test_readers_have_their_memory_mapped_before_they_read(own: Crews) -> None:
+    crew = own.take(CrewSpec(READERS, 8, 4 << 20))
+    until = time.monotonic() + 30
+    for pid in family(supervisor(crew)):
+        while _shared_bytes(pid) < crew.ring.memory.numel() and time.monotonic() < until:
+            time.sleep(0.02)
+        assert _shared_bytes(pid) >= crew.ring.memory.numel()
+    own.give(crew)
+
+
+def _shared_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[2]) * os.sysconf("SC_PAGESIZE")
 
 
 def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None:
