@@ -6,7 +6,6 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
@@ -66,7 +65,7 @@ class CrewReaders(ReaderPool):
             return
         if self._is_ready and self._turn.acquire(blocking=False):
             try:
-                self._hand_out(copies_alone)
+                self._hand_out()
             finally:
                 self._turn.release()
             if isinstance(self._failure, KeyboardInterrupt):
@@ -91,7 +90,7 @@ class CrewReaders(ReaderPool):
             self._needed.clear()
             with self._turn:
                 self._look()
-                self._hand_out(bool)
+                self._hand_out(is_feeder=True)
             if self._offered or self._asked or not self._is_sound:
                 self._needed.set()
                 time.sleep(self._nap)
@@ -153,12 +152,14 @@ class CrewReaders(ReaderPool):
         while self._asked and not self._is_sound:
             self.finish(self._asked.popleft().window)
 
-    def _hand_out(self, is_mine: Callable[[Window], bool]) -> None:
-        """Ask for what was offered, in order, as far as the crew takes more and ``is_mine`` says so."""
+    def _hand_out(self, *, is_feeder: bool = False) -> None:
+        """Ask for what was offered, in order, as far as the crew takes more; torch's work is the feeder's."""
         window: Window | None = None
         try:
             with torch._C.DisableTorchFunction():  # engines' threads are watched
-                while self._offered and self._takes_more() and is_mine(self._offered[0]):
+                while self._offered and self._takes_more():
+                    if not (is_feeder or copies_alone(self._offered[0])):
+                        break
                     window = self._offered.popleft()
                     self._begin(window)
                     window = None

@@ -154,8 +154,7 @@ def _is_there(device: torch.device) -> bool:
     """Whether a tensor that is moved to this device says the same of itself."""
     if device.type == "cpu":
         return device.index is None
-    is_numbered = device.type == "cuda" and device.index is not None
-    return is_numbered and device.index < torch.cuda.device_count()
+    return device.type == "cuda" and device.index in range(torch.cuda.device_count())
 
 
 def _probe(argument: Any) -> Any:

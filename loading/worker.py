@@ -120,13 +120,7 @@ class Reader:
     """
 
     def __init__(
-        self,
-        number: int,
-        jobs: int,
-        own: socket | None,
-        done: int,
-        memory: memoryview,
-        slots: int,
+        self, number: int, jobs: int, own: socket | None, done: int, memory: memoryview, slots: int
     ) -> None:
         self.files: dict[int, int] = {}
         self._number = number
@@ -156,18 +150,9 @@ class Reader:
             if self._own is not None:
                 self._close_files()
 
-    def _read(
-        self,
-        offset: int,
-        length: int,
-        place: int,
-        needed: int,
-        most: int,
-        file: int,
-        plain: int,
-        window: int,
-        part: int,
-    ) -> None:
+    def _read(self, *job: int) -> None:
+        """Do one job, whose numbers are those of ``JOB``."""
+        offset, length, place, needed, most, file, plain, window, part = job
         slot = window % self._words.slots
         self._await_free(slot, window - self._words.slots)
         if self._words.free[slot * LINE] == NEVER:

@@ -61,6 +61,14 @@ def fill(path: str, weights: dict[str, torch.Tensor], **settings: Any) -> LoadRe
     return report
 
 
+@pytest.fixture
+def many(save: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, torch.Tensor]]:
+    """A file that is read in 80 windows, and its weights."""
+    weights = {f"w{number:02}": torch.randn(500, 1000) for number in range(40)}
+    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
+    return save(weights)[0], weights
+
+
 def descriptors(pid: int) -> set[str]:
     """What a process has open."""
     return {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists()}
@@ -158,6 +166,24 @@ def test_more_files_than_wait_for_a_reader_are_closed_between(
     fill(str(folder), {name: weight for shard in shards for name, weight in shard.items()})
 
 
+def test_descriptors_that_are_too_many_on_their_way_are_sent_again(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [{f"w{number}": torch.randn(300, 100)} for number in range(3)]
+    folder = Path(save(*shards)[0]).parent
+    tell_each, refused = ReaderGroup.tell_each, [0]
+
+    def refuse_once(self: ReaderGroup, message: bytes, along: Any = ()) -> None:
+        tell_each(self, message, along)  # as far as it came
+        if along and not refused[0]:
+            refused[0] += 1
+            raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    monkeypatch.setattr(ReaderGroup, "tell_each", refuse_once)
+    fill(str(folder), {name: weight for shard in shards for name, weight in shard.items()})
+    assert refused == [1]
+
+
 def test_nobody_waits_for_a_reader_that_was_killed(tmp_path: Path) -> None:
     crew = Crew(SPEC)
     crew.start()
@@ -244,11 +270,9 @@ def test_a_load_may_pause_for_longer_than_readers_are_kept(
 
 
 def test_who_offers_windows_hands_them_out_and_the_feeder_what_is_left(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+    many: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
-    (path,) = save(weights)
-    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
+    path, weights = many
     monkeypatch.setattr(CrewSpec, "most_windows", 2)
     begun: collections.Counter[str] = collections.Counter()
     start, begin = feeder.CrewReaders.start, feeder.CrewReaders._begin
@@ -288,10 +312,9 @@ def test_a_device_that_fails_does_not_hang_the_load(
 
 
 def test_a_load_that_failed_says_so_however_long_it_takes_to_let_go(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+    many: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
-    (path,) = save(weights)
+    path, weights = many
     let_go = Words.let_go
 
     def fail(*_: Any) -> None:
@@ -301,7 +324,6 @@ def test_a_load_that_failed_says_so_however_long_it_takes_to_let_go(
         time.sleep(0.05)
         let_go(self)
 
-    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
     monkeypatch.setattr(ThreadWriter, "write", lambda self, _: self.run(fail))
     monkeypatch.setattr(Words, "let_go", let_go_slowly)
     with pytest.raises(RuntimeError, match="illegal memory access"):
@@ -427,11 +449,9 @@ def test_a_reader_that_is_killed_fails_the_load_and_not_the_next(
 
 
 def test_a_reader_that_is_killed_while_it_reads_is_no_damage(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+    many: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = {f"w{number}": torch.randn(500, 1000) for number in range(40)}
-    (path,) = save(weights)
-    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
+    path, weights = many
     ask, asked = Crew.ask, [0]
 
     def kill_later(self: Crew, *arguments: Any) -> Any:
@@ -447,11 +467,9 @@ def test_a_reader_that_is_killed_while_it_reads_is_no_damage(
 
 
 def test_a_file_that_is_cut_short_is_named_though_others_were_read_into_the_slot(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+    many: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = {f"w{number:02}": torch.randn(500, 1000) for number in range(40)}
-    (path,) = save(weights)
-    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1 << 20)
+    path, weights = many
     monkeypatch.setattr(feeder, "_NAP", 0.05)
     monkeypatch.setattr(feeder, "_SHORT_NAP", 0.05)
     begin, begun = feeder.CrewReaders._begin, [0]
