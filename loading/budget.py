@@ -33,6 +33,14 @@ def page_cache_share() -> int:
     return (memory_limit() or pages * os.sysconf("SC_PAGE_SIZE")) // 2
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device, or of the host, that this process could still take."""
+    if device.type == "cpu":
+        return available_memory()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def available_memory() -> int:
     """Bytes that this process could still take without swapping, by the host and by its cgroup."""
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -17,6 +17,7 @@ from weightlift.loading.buffers import memory_of
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.header import TensorEntry
+from weightlift.loading.landing import Landing
 from weightlift.loading.lazy import LazyTensor, as_reported, data_of, geometry, place_of
 from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
@@ -32,6 +33,7 @@ class Copies:
         is_exhausted: Whether the loader was told that there are no more tensors. Copies that it
             makes after that are put in place at once.
         thread: The one that the loader runs in; it may have others of its own.
+        landing: What is read before the loader asks for it. Without a ledger alone.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Copies:
         self.aborted: PlanAborted | None = None
         self.is_exhausted = False
         self.thread = 0
+        self.landing = Landing(delivery)
         self._all_wait = all_wait
         self._lock = threading.RLock()
 
@@ -70,6 +73,7 @@ class Copies:
                 target.copy_(torch.empty(shape, dtype=dtype, device=target.device))
             return
         entry = lazy.source.entry
+        is_in_place = self.landing.is_in_place(target, lazy)
         is_cast_twice = lazy.cast_to not in (None, target.dtype)
         is_joined = isinstance(lazy.source, JoinedSource)
         if is_joined and not is_cast_twice and self._copy_parts(target, lazy):
@@ -93,12 +97,15 @@ class Copies:
                 self.ledger.strangers |= threading.get_ident() != self.thread
             is_small = len(shape) < 2 and not self._must_wait()
             self.report.planned += not is_small
+            self.report.landed += is_in_place
+            self.report.bytes_needed += 0 if is_small else transfer.nbytes
+        if is_in_place:
+            return
         if is_small:
             self._copy_now(target, lazy)
             return
-        with self._lock:
-            self.report.bytes_needed += transfer.nbytes
-        self.delivery.add(transfer)
+        if not self.landing.copy(target, lazy):
+            self.delivery.add(transfer)
         if self.is_exhausted:
             self.delivery.flush()
 
@@ -118,9 +125,26 @@ class Copies:
 
     def land(self, lazy: LazyTensor) -> torch.Tensor:
         """A real tensor in place of a lazy one, where and of the dtype that it says; filled later."""
+        landed = self.landing.take(lazy)
+        if landed is not None:
+            with self._lock:
+                self.report.planned += 1
+                self.report.landed += 1
+                self.report.bytes_needed += landed.nbytes
+            return landed
         target = as_reported(lazy, lazy.reported_device)
         self.copy(target, lazy)
         return target
+
+    def moved(self, lazy: LazyTensor) -> None:
+        """A loader moves a lazy tensor."""
+        self.landing.moved(lazy.source)
+
+    def empty_like(
+        self, tensor: torch.Tensor, device: Any, dtype: torch.dtype | None
+    ) -> torch.Tensor | None:
+        """Memory for what was moved last, if it is on its way to some like it."""
+        return self.landing.like(tensor, device, dtype)
 
     def _must_wait(self) -> bool:
         """Whether small copies of this thread wait, which they may where the guard is."""
@@ -176,6 +200,7 @@ class Copies:
             tensors = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
             if self.ledger is not None and self.ledger.touched(func, tensors):
                 self.delivery.open_gate()  # it may write to them
+            self.landing.observed(tensors)
         self.settle(tensors)
 
     def abort(self, reason: PlanAborted) -> PlanAborted:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from typing import Final
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -22,6 +23,9 @@ from weightlift.loading.settings import Settings
 from weightlift.loading.shared_plan import SharedPlan
 from weightlift.loading.steps import Storages
 from weightlift.loading.transfer import Run, Transfer
+
+LATER_BYTES: Final = 1 << 30
+"""Copies that wait for what they copy to be read: at most so much memory is taken twice."""
 
 
 class Delivery:
@@ -52,6 +56,9 @@ class Delivery:
         self._held: list[tuple[torch.device, Window]] = []
         self._deferred: list[Callable[[], object]] = []
         self._deferred_storages: Storages = {}
+        self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._later_storages: set[int] = set()
+        self._later_bytes = 0
         self._pools: dict[torch.device, ReaderPool] = {}
         self._plans: dict[torch.device, Plan] = {}
         self._lock = threading.RLock()
@@ -67,10 +74,13 @@ class Delivery:
         """Whether nothing is pending here; a forked child has no readers to wait for."""
         if os.getpid() != self._process:
             return True
-        return not self._deferred and all(plan.is_empty for plan in list(self._plans.values()))
+        is_planned = self._deferred or self._later
+        return not is_planned and all(plan.is_empty for plan in list(self._plans.values()))
 
     def add(self, transfer: Transfer) -> None:
         """Record a transfer."""
+        if self._later and self._is_for_later(transfer.target):
+            self.flush()
         self._plan(transfer.target.device).add(transfer)
 
     def add_disjoint(
@@ -80,6 +90,20 @@ class Delivery:
         device = next(iter(memories)).device
         self._plan(device).add_disjoint(file, pieces, memories)
 
+    def copy_later(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Record a copy from what is being filled, made by the next flush when all else is in place.
+
+        Args:
+            target: Of the shape of ``source``; of any strides and dtype, on any device.
+            source: In memory that transfers recorded before fill.
+        """
+        with self._lock:
+            self._later.append((target.detach(), source))
+            self._later_storages.add(target.untyped_storage().data_ptr())
+            self._later_bytes += target.nbytes
+        if self._later_bytes > LATER_BYTES:
+            self.flush()
+
     def touches(self, tensor: torch.Tensor) -> bool:
         """Whether bytes may still be on their way into this tensor's storage."""
         if tensor.layout is not torch.strided or tensor.is_meta:
@@ -88,6 +112,8 @@ class Delivery:
         if is_traceable_wrapper_subclass(tensor):  # storages of its own within
             return bool(plans or self._deferred)
         if tensor.untyped_storage().data_ptr() in self._deferred_storages:
+            return True
+        if self._is_for_later(tensor):
             return True
         return any(plan.touches(tensor) for plan in plans)
 
@@ -151,6 +177,15 @@ class Delivery:
                 self._share(self._exchange)
         for device, plan in list(self._plans.items()):
             plan.flush(self._pools[device].drain)
+        with self._lock:
+            later, self._later = self._later, []
+            self._later_storages, self._later_bytes = set(), 0
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                for target, source in later:
+                    target.copy_(source)
+
+    def _is_for_later(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._later_storages
 
     def _share(self, exchange: Exchange) -> None:
         """Do what was gathered together with the other ranks, once; the rest alone."""
@@ -188,8 +223,10 @@ class Delivery:
             self._pool(device).submit(window)
 
     def close(self) -> None:
-        """End the readers."""
+        """End the readers, and hold nothing of what was to be filled."""
         with ExitStack() as closing:
+            for held in (self._plans, self._held, self._later, self._deferred):
+                closing.callback(held.clear)
             for pool in self._pools.values():
                 closing.callback(pool.close)
 

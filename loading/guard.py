@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 from weightlift.loading.lazy import LazyTensor
@@ -40,13 +41,20 @@ class PendingGuard(TorchFunctionMode):
         """Settle what this operation reads or writes, then run it."""
         kwargs = kwargs or {}
         if func in DESCRIPTIONS:
-            return func(*args, **kwargs)
+            found = self._landed(args, kwargs) if func is torch.empty_like else None
+            return func(*args, **kwargs) if found is None else found
         if not (only_views(func, args) or _is_recorded(func, args, kwargs)):
             tensors = tensors_in((*args, *kwargs.values()))
             real = [item for item in tensors if not isinstance(item, LazyTensor)]
             if real:
                 self._recorder.observed(func, real)
         return func(*args, **kwargs)
+
+    def _landed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Memory in which what a loader is about to copy arrives, in place of other like it."""
+        if len(args) != 1 or "device" not in kwargs or not kwargs.keys() <= {"device", "dtype"}:
+            return None
+        return self._recorder.empty_like(args[0], kwargs["device"], kwargs.get("dtype"))
 
 
 def _is_recorded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -87,12 +87,17 @@ def data_of(lazy: LazyTensor) -> torch.Tensor:
     if source.realised is None:
         data = source.recorder.read(lazy)
     else:
-        shape, stride, offset, dtype = geometry(lazy)
-        length = 0 if 0 in shape else extent(shape, stride)
-        memory = source.realised.view(-1).view(torch.uint8)[offset * dtype.itemsize :]
-        data = memory[: length * dtype.itemsize].view(dtype).as_strided(shape, stride)
+        data = view_of(source.realised, lazy)
     is_as_read = lazy.reported_device == CPU and lazy.cast_to is None
     return data if is_as_read else data.to(lazy.reported_device, lazy.cast_to or data.dtype)
+
+
+def view_of(memory: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
+    """What a lazy tensor is of its source's elements, where these are in memory."""
+    shape, stride, offset, dtype = geometry(lazy)
+    length = 0 if 0 in shape else extent(shape, stride)
+    found = memory.view(-1).view(torch.uint8)[offset * dtype.itemsize :]
+    return found[: length * dtype.itemsize].view(dtype).as_strided(shape, stride)
 
 
 def place_of(lazy: LazyTensor) -> int:

@@ -124,6 +124,7 @@ def _move(func: Function, args: Args, kwargs: Kwargs) -> Any:
     if asked is None or (asked[1] != dtype and lazy.cast_to is not None):
         return _read_and_run(func, args, kwargs)
     if asked == (lazy.reported_device, dtype):
+        lazy.source.recorder.moved(lazy)
         return lazy
     with natively():
         cast_to = None if asked[1] == stored else asked[1]
@@ -131,6 +132,7 @@ def _move(func: Function, args: Args, kwargs: Kwargs) -> Any:
     if cast_to is not None and as_reported(moved, _META).stride() != geometry(lazy)[1]:
         return _read_and_run(func, args, kwargs)  # a cast has no holes
     lazy.source.is_moved = True
+    lazy.source.recorder.moved(moved)
     return moved
 
 

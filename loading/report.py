@@ -35,6 +35,7 @@ class LoadReport:
         plan_note: Why it was not a cheaper one, or why it cannot be replayed.
         tensors: Tensors that the engine was offered.
         planned: Copies that the engine's code asked for and the readers made.
+        landed: Those of them that had been made before they were asked for.
         extrapolated: Copies that fast load derived from those of other layers and experts.
         replayed: Copies that were made again as in the load before, without planning.
         materialised: Tensors read at once, for small copies and for operations that need data.
@@ -62,6 +63,7 @@ class LoadReport:
     plan_note: str = ""
     tensors: int = 0
     planned: int = 0
+    landed: int = 0
     extrapolated: int = 0
     replayed: int = 0
     materialised: int = 0
@@ -82,7 +84,7 @@ class LoadReport:
         """Note that the engine's own loader takes over, and why."""
         self.mode, self.fallback_reason = STOCK, reason
         self.plan = self.plan_note = self.exchange_note = ""
-        self.tensors = self.planned = self.extrapolated = self.replayed = 0
+        self.tensors = self.planned = self.landed = self.extrapolated = self.replayed = 0
         self.materialised = self.threads = self.bytes_needed = self.bytes_read = 0
         self.bytes_direct = self.bytes_staged = self.exchanged = 0
         self.plan_seconds = self.seconds = 0.0
@@ -122,6 +124,7 @@ class LoadReport:
         rate = self.bytes_needed / max(self.seconds, 1e-9)
         counts = {
             "copies planned": self.planned,
+            "begun before": self.landed,
             "derived": self.extrapolated,
             "replayed": self.replayed,
             "read at once": self.materialised,

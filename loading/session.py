@@ -73,6 +73,7 @@ class LoadSession:
         self.delivery = Delivery(settings, report, before_write, exchange)
         self._copies = Copies(self.delivery, report, ledger, all_wait=all_wait)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
+        self._begun: dict[tuple[str, ...], Checkpoint] = {}
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._plan_started = report.started
         self._lent = ExitStack()
@@ -114,6 +115,9 @@ class LoadSession:
             CheckpointError: A shard is missing, damaged, or does not match its index.
             PlanAborted: A dtype that this torch does not have.
         """
+        files = tuple(files)
+        if files in self._begun:
+            return self._begun.pop(files)
         try:
             checkpoint = self.hold(Checkpoint.open(files), drop_cache=drop_cache)
         except UnsupportedCheckpoint as error:
@@ -124,6 +128,22 @@ class LoadSession:
         if any(shard.file.staged is not None for shard in checkpoint.shards):
             self.delivery.read_alone("its bytes are staged")
         return checkpoint
+
+    def begin(self, files: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+        """Have tensors read before the loader makes memory for them; it is given what they are read to.
+
+        Args:
+            files: Paths of shards, which the loader is going to open.
+            device: Where it will want their tensors.
+            dtype: What it will want them as; those of another are left for later.
+
+        Raises:
+            CheckpointError: As :meth:`open` does.
+            PlanAborted: Likewise.
+        """
+        files = tuple(files)
+        checkpoint = self._begun[files] = self.open(files)
+        self._copies.landing.begin(checkpoint, device, dtype)
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
         """Have an open checkpoint read as the settings say and closed with the session."""
@@ -169,7 +189,7 @@ class LoadSession:
         self.report.tensors += 1
         if self.ledger is not None:
             self.ledger.offer(entry)
-        source = Source(entry, file, self._copies)
+        source = Source(entry, file, self._copies, self._copies.landing.of(file, entry.name))
         self._sources.add(source)
         return lazy_tensor(source, device)
 
@@ -227,6 +247,7 @@ class LoadSession:
 
     def __exit__(self, *_: object) -> None:
         self.report.seconds = time.perf_counter() - self.report.started
+        self._copies.landing.clear()
         with ExitStack() as closing:
             for checkpoint, drop_cache in self._checkpoints:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)

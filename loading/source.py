@@ -31,6 +31,15 @@ class Recorder(Protocol):
         """A real tensor in place of a lazy one, which is filled before the load ends."""
         ...
 
+    def moved(self, lazy: LazyTensor) -> None:
+        """Note that a loader moves a lazy tensor to where it may copy it next."""
+
+    def empty_like(
+        self, tensor: torch.Tensor, device: Any, dtype: torch.dtype | None
+    ) -> torch.Tensor | None:
+        """Memory for what was moved last, where that is already on its way to some like it."""
+        ...
+
     def read(self, lazy: LazyTensor) -> torch.Tensor:
         """The data of a lazy tensor, on the CPU, with its shape and strides."""
         ...
@@ -60,21 +69,29 @@ class Source:
         storage: Identity of the meta storage that its views have in common.
         realised: Set once a loader wrote into one of the views: from then on they are views of
             that memory.
+        landed: Memory of its own that it is read to before anybody asks for it.
         is_moved: Whether there is a lazy copy of it: on another device, cast, or in a joined tensor.
     """
 
     __slots__ = (
         *("__weakref__", "_lock", "entry", "file", "meta"),
-        *("is_moved", "realised", "recorder", "storage"),
+        *("is_moved", "landed", "realised", "recorder", "storage"),
     )
 
-    def __init__(self, entry: TensorEntry, file: ShardFile, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        entry: TensorEntry,
+        file: ShardFile,
+        recorder: Recorder,
+        landed: torch.Tensor | None = None,
+    ) -> None:
         self.entry = entry
         self.file = file
         self.recorder = recorder
         self.meta = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         self.storage: int = self.meta.untyped_storage()._cdata
         self.realised: torch.Tensor | None = None
+        self.landed = landed
         self.is_moved = False
         self._lock = threading.Lock()
 

@@ -45,9 +45,9 @@ def save(tmp_path: Path) -> SaveCheckpoint:
 def open_session(request: pytest.FixtureRequest) -> OpenSession:
     """Sessions with two readers of either kind."""
 
-    def open_session(staging_mib: int = 256) -> LoadSession:
+    def open_session(staging_mib: int = 256, *, all_wait: bool = False) -> LoadSession:
         settings = Settings(num_load_threads=2, staging_mib=staging_mib, readers=request.param)
-        return LoadSession(settings, LoadReport())
+        return LoadSession(settings, LoadReport(), all_wait=all_wait)
 
     return open_session
 

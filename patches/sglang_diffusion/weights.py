@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from weightlift.patches.planned import ITERATOR_NOTES
 from weightlift.patches.sglang_diffusion.pipelines import current_load
 
 _LOADER = "sglang.multimodal_gen.runtime.loader"
+_DISTRIBUTED = "sglang.multimodal_gen.runtime.distributed"
 
 
 def _iterator(
@@ -28,9 +30,7 @@ def _iterator(
         yield from wrapped(*args, **kwargs)
         return
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    pipeline = current_load()
-    if pipeline is not None:
-        pipeline.ahead.drop(call["hf_weights_files"])
+    _is_read(call["hf_weights_files"])
     try:
         checkpoint = session.open(call["hf_weights_files"])
     except CheckpointError as error:
@@ -42,6 +42,45 @@ def _iterator(
     is_wanted = call.get("key_filter") or bool
     wanted = {name for name in names if is_wanted(name)}
     yield from session.lazies(checkpoint, wanted, _device(wrapped, call))
+
+
+def _is_read(files: Iterable[str]) -> None:
+    """Nobody has to bring these into the page cache."""
+    pipeline = current_load()
+    if pipeline is not None:
+        pipeline.ahead.drop(files)
+
+
+def _maybe_load_fsdp_model(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Begin to read what the model is going to be made of while it is built on the meta device."""
+    session = active_session()
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    call.apply_defaults()
+    device = None if session is None else _assigned_on(call.arguments)
+    if session is not None and device is not None:
+        files = call.arguments["weight_dir_list"]
+        _is_read(files)
+        session.begin(files, device, call.arguments["param_dtype"])
+    return wrapped(*args, **kwargs)
+
+
+def _assigned_on(call: dict[str, Any]) -> torch.device | None:
+    """The device on which tensors of the files become parameters as they are; None if they may not."""
+    plan = call.get("weight_load_plan")
+    device = torch.device(plan.checkpoint_load_device if plan is not None else call["device"])
+    goes_on = any(call.get(name) for name in _NOT_ASSIGNED)
+    is_elsewhere = _stay_mapped(device) or not call["weight_dir_list"] or not call["param_dtype"]
+    state = importlib.import_module(_DISTRIBUTED)
+    return None if goes_on or is_elsewhere or state.get_tp_world_size() > 1 else device
+
+
+_NOT_ASSIGNED = (
+    *("fsdp_inference", "cpu_offload", "component_starts_on_cpu"),
+    *("weights_iterator", "checkpoint_key_filter"),
+)
+"""Arguments with which tensors are sharded, go on to the host, or are not all of the files'."""
 
 
 def _device(iterator: Callable[..., Any], call: dict[str, Any]) -> torch.device:
@@ -139,6 +178,18 @@ PATCHES: tuple[Patch, ...] = (
         wrapper=_iterator,
         parameters=("hf_weights_files",),
         **{**ITERATOR_NOTES, "upstream": "sgl-project/sglang#34064 reads slices of a rank."},
+    ),
+    Patch(
+        target=f"{_LOADER}.fsdp_load:maybe_load_fsdp_model",
+        versions=SGLANG_DIFFUSION,
+        wrapper=_maybe_load_fsdp_model,
+        parameters=("weight_dir_list", "device", "param_dtype"),
+        why="While the transformer is built nothing is read, though its parameters are going to be "
+        "what the files hold.",
+        how="Within a planned load tensors that become parameters as they are, on one tensor-parallel "
+        "rank, are read to memory of their own meanwhile; the loader gets that where it would make some.",
+        upstream="Nothing is proposed.",
+        drop_when="The engine's own loader reads while it builds.",
     ),
     Patch(
         target=f"{_LOADER}.fsdp_load:load_model_from_full_model_state_dict",

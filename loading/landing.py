@@ -1,0 +1,168 @@
+"""Tensors that are read to memory of their own before a loader makes any for them.
+
+An engine that builds a model on the meta device makes the memory of a parameter when it loads it. What
+the files hold is known before: it is read while the engine builds, to memory like that which the loader
+is going to make, and that is what the loader then gets.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from weightlift.loading.budget import free_memory
+from weightlift.loading.checkpoint import Checkpoint, Shard
+from weightlift.loading.delivery import Delivery
+from weightlift.loading.files import ShardFile
+from weightlift.loading.lazy import LazyTensor, geometry, view_of
+from weightlift.loading.settings import MIB
+from weightlift.loading.source import Source
+from weightlift.loading.transfer import Transfer, row_major
+
+SPARE_BYTES = 2048 * MIB
+"""Of a device's free memory that is left to the engine."""
+
+
+class Landing:
+    """What of a load is read before it is asked for.
+
+    Args:
+        delivery: Reads it.
+    """
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self._memory: dict[tuple[ShardFile, str], torch.Tensor] = {}
+        self._moved: weakref.ref[Source] | None = None
+        self._given: tuple[Source, torch.Tensor] | None = None
+
+    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        """Have the tensors of this dtype read, if the device has room for them and more.
+
+        Args:
+            checkpoint: Its open shards.
+            device: Where the loader will want them.
+            dtype: What it will want them as.
+        """
+        wanted = sum(entry.nbytes for entry in checkpoint.entries() if entry.dtype == dtype)
+        if not wanted or wanted + SPARE_BYTES > free_memory(device):
+            return
+        with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
+            for shard in checkpoint.shards:
+                self._begin(shard, device, dtype)
+
+    def _begin(self, shard: Shard, device: torch.device, dtype: torch.dtype) -> None:
+        for entry in shard.tensors.values():
+            if entry.dtype == dtype and entry.nbytes:
+                memory = torch.empty(entry.shape, dtype=dtype, device=device)
+                stride = row_major(entry.shape)
+                work = Transfer(shard.file, entry.offset, dtype, entry.shape, stride, memory)
+                self._delivery.add(work)
+                self._memory[shard.file, entry.name] = memory
+
+    def of(self, file: ShardFile, name: str) -> torch.Tensor | None:
+        """The memory of a tensor of this file; whoever asks is its owner from now on."""
+        return self._memory.pop((file, name), None)
+
+    def clear(self) -> None:
+        """Keep no memory."""
+        self._memory.clear()
+        self._moved = self._given = None
+
+    def moved(self, source: Source) -> None:
+        """Note that the loader moves a tensor: it may be about to copy it."""
+        self._moved = weakref.ref(source)
+
+    def like(
+        self, tensor: torch.Tensor, device: Any, dtype: torch.dtype | None
+    ) -> torch.Tensor | None:
+        """Memory for a tensor like this, with what the loader moved last on its way there.
+
+        If that is not what the loader copies to it next, it is as good as uninitialised memory.
+
+        Args:
+            tensor: What the memory is to be like.
+            device: Where it is wanted.
+            dtype: As what; None for the dtype of ``tensor``.
+        """
+        source = self._moved() if self._moved is not None else None
+        memory = source.landed if source is not None and source.realised is None else None
+        if source is None or memory is None or not _fits(memory, tensor, device, dtype):
+            return None
+        source.landed = self._moved = None
+        self._given = source, memory
+        return memory.detach()
+
+    def take(self, lazy: LazyTensor) -> torch.Tensor | None:
+        """The memory of a tensor as it says that it is, given away."""
+        source = lazy.source
+        memory = source.landed
+        if memory is None or source.realised is not None or not _is_whole(lazy):
+            return None
+        if lazy.cast_to is not None or lazy.reported_device != memory.device:
+            return None
+        source.landed = None
+        return memory.detach()
+
+    def is_in_place(self, target: torch.Tensor, lazy: LazyTensor) -> bool:
+        """Whether a copy is the one for which ``target`` was given; it never is again."""
+        given, self._given = self._given, None
+        if given is None or given[0] is not lazy.source or not _is_whole(lazy):
+            return False
+        return (
+            target.data_ptr() == given[1].data_ptr()
+            and target.dtype == given[1].dtype
+            and target.shape == given[1].shape
+            and target.is_contiguous()
+        )
+
+    def copy(self, target: torch.Tensor, lazy: LazyTensor) -> bool:
+        """Have a copy to other memory made from here; False if what it takes is not here.
+
+        Whatever else comes of the tensor is read again, for nobody may write to what waits here.
+        """
+        source = lazy.source
+        memory, source.landed = source.landed, None
+        if memory is None or source.realised is not None:
+            return False
+        self._delivery.copy_later(target, view_of(memory, lazy))
+        return True
+
+    def observed(self, tensors: list[torch.Tensor]) -> None:
+        """Note that the loader works with these: what was given may be written to."""
+        if self._given is not None and any(_is_within(item, self._given[1]) for item in tensors):
+            self._given = None
+
+
+def _fits(
+    memory: torch.Tensor, tensor: torch.Tensor, device: Any, dtype: torch.dtype | None
+) -> bool:
+    with torch._C.DisableTorchFunction():
+        return (
+            memory.device == _complete(device)
+            and memory.dtype == (dtype or tensor.dtype)
+            and memory.shape == tensor.shape
+            and tensor.is_contiguous()
+        )
+
+
+def _is_whole(lazy: LazyTensor) -> bool:
+    entry = lazy.source.entry
+    shape = tuple(entry.shape)
+    return geometry(lazy) == (shape, row_major(shape), 0, entry.dtype)
+
+
+def _is_within(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return True
+    return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+
+
+def _complete(device: Any) -> torch.device:
+    """With the number that tensors on it have."""
+    named: torch.device = torch.device(device)
+    if named.type == "cuda" and named.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return named

@@ -1,0 +1,293 @@
+"""What is read before a loader asks for it becomes what the loader asks for, and nothing else does."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_session import COPIES, Loader
+
+from weightlift.loading import delivery, landing, placement
+from weightlift.loading.errors import CheckpointError
+from weightlift.loading.lazy import LazyTensor
+from weightlift.loading.session import LoadSession
+
+FLOAT = torch.float32
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    """The bytes of a tensor."""
+    found: list[int] = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).tolist()
+    return found
+
+
+def parameter_of(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """As engines make one of a model on the meta device: moved, memory made, copied."""
+    moved = weight.to(device)
+    memory = torch.empty_like(torch.empty(weight.shape, device="meta"), device=device, dtype=FLOAT)
+    parameter = torch.nn.Parameter(memory, requires_grad=False)
+    parameter.data.copy_(moved)
+    return parameter.data
+
+
+def header_bytes(files: list[str]) -> int:
+    """Bytes of the files before their tensors."""
+    return sum(8 + int.from_bytes(Path(file).read_bytes()[:8], "little") for file in files)
+
+
+@pytest.mark.parametrize("loader", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("tiny_windows", [False, True], ids=["windows", "tiny windows"])
+def test_whatever_a_loader_does_it_gets_the_same_result(
+    loader: Loader,
+    tiny_windows: bool,
+    device: torch.device,
+    save: Any,
+    open_session: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if tiny_windows:
+        monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 256)
+        monkeypatch.setattr(placement, "CUDA_WINDOW_BYTES", 256)
+    weight = torch.randn(48, 40)
+    expected = torch.zeros(96, 80, device=device)
+    actual = expected.clone()
+    loader(expected, weight.clone())
+    files = save({"weight": weight})
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, device, FLOAT)
+        for _, lazy in session.guard(session.iterate(files)):
+            assert type(lazy) is LazyTensor and lazy.source.landed is not None
+            loader(actual, lazy)
+    assert bits(actual) == bits(expected)
+
+
+def test_memory_that_a_loader_makes_is_what_was_read(
+    device: torch.device, save: Any, open_session: Any
+) -> None:
+    weights = {f"w{number}": torch.randn(64, 9) for number in range(20)} | {"b": torch.randn(7)}
+    files = save(weights)
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, device, FLOAT)
+        found = {name: parameter_of(lazy, device) for name, lazy in session.iterate(files)}
+        session.end()
+    assert all(bits(found[name]) == bits(weight) for name, weight in weights.items())
+    report = session.report
+    assert (report.landed, report.planned) == (21, 21)
+    assert report.bytes_needed == report.bytes_read - header_bytes(files)
+
+
+def test_parameters_made_of_lazy_tensors_are_what_was_read(
+    device: torch.device, save: Any, open_session: Any
+) -> None:
+    weights = {"weight": torch.randn(64, 9), "bias": torch.randn(64)}
+    files = save(weights)
+    model = torch.nn.Linear(9, 64, device="meta")
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, device, FLOAT)
+        found = {name: lazy.to(device) for name, lazy in session.iterate(files)}
+        model.load_state_dict(found, assign=True)
+        session.adopt(model)
+        session.finish(model)
+    assert session.report.landed == 2
+    assert all(bits(value) == bits(weights[name]) for name, value in model.named_parameters())
+
+
+def swapped(first: torch.Tensor, second: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+    """Memory made after one was moved gets the other; the one goes elsewhere."""
+    moved = first.to(device)
+    memory = torch.empty_like(torch.empty(first.shape, device="meta"), device=device)
+    memory.copy_(second)
+    other = torch.zeros(first.shape, device=device)
+    other.copy_(moved)
+    return [memory, other]
+
+
+def swapped_back(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """What memory was made for comes to it after another did."""
+    moved = first.to(device)
+    memory = torch.empty_like(torch.empty(first.shape, device="meta"), device=device)
+    memory.copy_(second)
+    memory.copy_(moved)
+    return [memory]
+
+
+def zeroed_before(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """Memory is written to before the copy."""
+    moved = first.to(device)
+    memory = torch.empty_like(torch.empty(first.shape, device="meta"), device=device)
+    memory.zero_()
+    memory.copy_(moved)
+    return [memory]
+
+
+def zeroed_after(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """Memory is written to after the copy."""
+    memory = parameter_of(first, device)
+    memory[:2].zero_()
+    return [memory]
+
+
+def overwritten(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """Part of another comes to it after the copy."""
+    memory = parameter_of(first, device)
+    memory[3:5].copy_(second[3:5])
+    return [memory]
+
+
+def part_alone(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """A part of what memory was made for comes to it."""
+    moved = first.to(device)
+    memory = torch.empty_like(torch.empty(first.shape, device="meta"), device=device)
+    memory.copy_(moved[:1].expand(first.shape))
+    return [memory]
+
+
+def tied(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """One tensor becomes two parameters."""
+    one, two = parameter_of(first, device), parameter_of(first, device)
+    assert one.untyped_storage().data_ptr() != two.untyped_storage().data_ptr()
+    two[:1].zero_()
+    return [one, two]
+
+
+def written_source(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """The tensor itself is written to."""
+    first[:1].zero_()
+    return [parameter_of(first, device)]
+
+
+def fused(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """Two become one parameter, and one of them another."""
+    return [parameter_of(torch.cat([first, second]), device), parameter_of(second, device)]
+
+
+def half(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """Memory of another dtype is made."""
+    moved = first.to(device, torch.float16)
+    memory = torch.empty_like(
+        torch.empty(first.shape, device="meta"), device=device, dtype=torch.float16
+    )
+    memory.copy_(moved)
+    return [memory]
+
+
+def waiting_then_overwritten(first: Any, second: Any, device: torch.device) -> list[torch.Tensor]:
+    """A copy that waits for what it copies, then one from the file to the same place, then a look."""
+    memory = torch.zeros(first.shape, device=device)
+    memory.copy_(first)
+    memory[2:6].copy_(second[2:6].half().to(device))
+    memory[4:5].copy_(second.view(torch.int32)[4:5].view(torch.float32))
+    return [memory, memory.sum()]
+
+
+MIXED: tuple[Callable[..., list[torch.Tensor]], ...] = (
+    *(swapped, swapped_back, zeroed_before, zeroed_after, overwritten, part_alone, tied),
+    *(fused, half, waiting_then_overwritten),
+)
+
+
+@pytest.mark.parametrize(
+    "sequence", [*MIXED, written_source], ids=lambda sequence: sequence.__name__
+)
+def test_memory_that_was_given_holds_what_the_loader_put_there(
+    sequence: Callable[..., list[torch.Tensor]], device: torch.device, save: Any, open_session: Any
+) -> None:
+    one, two = torch.randn(16, 9), torch.randn(16, 9)
+    expected = sequence(one.clone(), two.clone(), device)
+    files = save({"one": one, "two": two})
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, device, FLOAT)
+        lazy = dict(session.iterate(files))
+        found = sequence(lazy["one"], lazy["two"], device)
+        session.end()
+    assert [bits(item) for item in found] == [bits(item) for item in expected]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_mixture_of_such_sequences(
+    seed: int,
+    device: torch.device,
+    save: Any,
+    open_session: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chance = random.Random(seed)
+    monkeypatch.setattr(delivery, "LATER_BYTES", chance.choice([0, 2000, 1 << 30]))
+    weights = {f"w{number:02d}": torch.randn(16, 9) for number in range(40)}
+    files = save(weights)
+    pairs = [tuple(chance.sample(sorted(weights), 2)) for _ in range(60)]
+    sequences = [chance.choice(MIXED) for _ in pairs]
+
+    def run(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        made = [
+            item
+            for sequence, (first, second) in zip(sequences, pairs, strict=True)
+            for item in sequence(tensors[first], tensors[second], device)
+        ]
+        return [item.detach() for item in made]
+
+    expected = run({name: weight.clone() for name, weight in weights.items()})
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, device, FLOAT)
+        found = run(dict(session.iterate(files)))
+        session.end()
+    assert [bits(item) for item in found] == [bits(item) for item in expected]
+
+
+def test_other_dtypes_are_left_for_later(
+    device: torch.device, save: Any, open_session: Any
+) -> None:
+    weights = {"one": torch.randn(16, 9), "two": torch.randn(16, 9).half()}
+    files = save(weights)
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, device, torch.float16)
+        found = {name: parameter_of(lazy, device) for name, lazy in session.iterate(files)}
+        session.end()
+    assert session.report.landed == 0  # it becomes float32 in the parameter
+    assert bits(found["one"]) == bits(weights["one"])
+    assert bits(found["two"]) == bits(weights["two"].float())
+
+
+def test_nothing_is_begun_without_room(
+    save: Any, open_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landing, "free_memory", lambda device: landing.SPARE_BYTES + 500)
+    weight = torch.randn(16, 9)
+    files = save({"weight": weight})
+    cpu = torch.device("cpu")
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, cpu, FLOAT)
+        assert session.delivery.is_idle
+        found = [parameter_of(lazy, cpu) for _, lazy in session.iterate(files)]
+        session.end()
+    assert session.report.landed == 0 and bits(found[0]) == bits(weight)
+
+
+def test_what_is_never_asked_for_is_freed(save: Any, open_session: Any) -> None:
+    files = save({"weight": torch.randn(16, 9)})
+    session: LoadSession
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, torch.device("cpu"), FLOAT)
+        (memory,) = session._copies.landing._memory.values()
+        gone = weakref.ref(memory)
+        del memory
+    assert gone() is None
+
+
+def test_a_file_cut_short_meanwhile_is_an_error(save: Any, open_session: Any) -> None:
+    (file,) = save({"weight": torch.randn(64, 9)})
+    with (
+        open_session(all_wait=True) as session,
+        session.armed(),
+        pytest.raises(CheckpointError, match="truncated while read"),
+    ):
+        session.open([file])
+        with open(file, "r+b") as opened:
+            opened.truncate(500)
+        session._copies.landing.begin(session._checkpoints[0][0], torch.device("cpu"), FLOAT)
+        session.flush()
