@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from weightlift.loading import timeline
+from weightlift.loading.files import ShardFile
 from weightlift.loading.settings import Settings
 
 logger = logging.getLogger("weightlift")
@@ -89,6 +91,13 @@ class LoadReport:
         self.bytes_direct = self.bytes_staged = self.exchanged = 0
         self.plan_seconds = self.seconds = 0.0
         self.shards = []
+
+    def count(self, files: Sequence[ShardFile]) -> None:
+        """Note how files were read that are read no more."""
+        self.bytes_read = sum(file.bytes_read for file in files)
+        self.bytes_direct = sum(file.bytes_direct for file in files)
+        self.bytes_staged = sum(file.bytes_staged for file in files)
+        self.shards = [file.times for file in files if file.first_read_at]
 
     def finish(self, settings: Settings) -> None:
         """Log the load, and write the report and the timeline that the settings ask for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -129,20 +129,15 @@ class LoadSession:
             self.delivery.read_alone("its bytes are staged")
         return checkpoint
 
-    def begin(self, files: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
-        """Have tensors read before the loader makes memory for them; it is given what they are read to.
+    def begin(self, files: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        """:meth:`open` shards before the loader does, and read tensors before it makes memory for them.
 
         Args:
-            files: Paths of shards, which the loader is going to open.
+            files: Paths of the shards.
             device: Where it will want their tensors.
             dtype: What it will want them as; those of another are left for later.
-
-        Raises:
-            CheckpointError: As :meth:`open` does.
-            PlanAborted: Likewise.
         """
-        files = tuple(files)
-        checkpoint = self._begun[files] = self.open(files)
+        checkpoint = self._begun[tuple(files)] = self.open(files)
         self._copies.landing.begin(checkpoint, device, dtype)
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
@@ -235,11 +230,7 @@ class LoadSession:
         self.is_finished = True
 
     def flush(self) -> None:
-        """Put everything recorded so far in place.
-
-        Raises:
-            CheckpointError: A shard could not be read.
-        """
+        """Put everything recorded so far in place; see :meth:`Delivery.flush`."""
         self.delivery.flush()
 
     def __enter__(self) -> LoadSession:
@@ -253,11 +244,9 @@ class LoadSession:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)
             closing.callback(self._lent.close)
             closing.callback(self.delivery.close)  # before what it reads from is given back
-            self.report.bytes_read = self._bytes_read()
-            files = [shard.file for held, _ in self._checkpoints for shard in held.shards]
-            self.report.bytes_direct = sum(file.bytes_direct for file in files)
-            self.report.bytes_staged = sum(file.bytes_staged for file in files)
-            self.report.shards = [file.times for file in files if file.first_read_at]
+            self.report.count(
+                [shard.file for held, _ in self._checkpoints for shard in held.shards]
+            )
 
     def _bytes_read(self) -> int:
         return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)
