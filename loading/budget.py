@@ -34,9 +34,9 @@ def page_cache_share() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a device, or of the host, that this process could still take."""
-    if device.type == "cpu":
-        return available_memory()
+    """Bytes of a CUDA device, or of the host, that this process could still take; 0 for other devices."""
+    if device.type != "cuda":
+        return available_memory() if device.type == "cpu" else 0
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 

@@ -35,6 +35,9 @@ _LARGE_BYTES = 1 * MIB
 _BLOCK_BYTES = 512
 """Torch cuts blocks of multiples of this for tensors of more than that from a segment."""
 
+Sized = tuple[TensorEntry, int]
+"""A tensor, and what it takes."""
+
 
 class Landing:
     """What of a load is read before it is asked for.
@@ -50,14 +53,14 @@ class Landing:
         self._given: tuple[Source, torch.Tensor] | None = None
 
     def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        """Have the tensors of this dtype read, if the device has room for them and more.
+        """Have tensors read and cast, if the device has room for them and more.
 
         Args:
             checkpoint: Its open shards.
             device: Where the loader will want them.
-            dtype: What it will want them as.
+            dtype: What it will want them as; a floating one. Of others only floating ones are read.
         """
-        wanted = sum(entry.nbytes for entry in checkpoint.entries() if entry.dtype == dtype)
+        wanted = sum(_nbytes(entry, dtype) for entry in checkpoint.entries())
         if not wanted or wanted + SPARE_BYTES > free_memory(device):
             return
         with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
@@ -65,14 +68,13 @@ class Landing:
                 self._begin(shard, device, dtype)
 
     def _begin(self, shard: Shard, device: torch.device, dtype: torch.dtype) -> None:
-        wanted = [item for item in shard.tensors.values() if item.dtype == dtype and item.nbytes]
-        for entries in together(wanted, SEGMENT_BYTES):
-            make_room(entries, device)
-            for entry in entries:
+        sized = [(entry, _nbytes(entry, dtype)) for entry in shard.tensors.values()]
+        for entries in together((item for item in sized if item[1]), SEGMENT_BYTES):
+            make_room([nbytes for _, nbytes in entries], device)
+            for entry, _ in entries:
                 memory = torch.empty(entry.shape, dtype=dtype, device=device)
-                stride = row_major(entry.shape)
-                work = Transfer(shard.file, entry.offset, dtype, entry.shape, stride, memory)
-                self._delivery.add(work)
+                source = entry.dtype, entry.shape, row_major(entry.shape)
+                self._delivery.add(Transfer(shard.file, entry.offset, *source, memory))
                 self._memory[shard.file, entry.name] = memory
 
     def of(self, file: ShardFile, name: str) -> torch.Tensor | None:
@@ -114,7 +116,7 @@ class Landing:
         memory = source.landed
         if memory is None or source.realised is not None or not _is_whole(lazy):
             return None
-        if lazy.cast_to is not None or lazy.reported_device != memory.device:
+        if lazy.reported_device != memory.device or _dtype(lazy) != memory.dtype:
             return None
         source.landed = None
         return memory.detach()
@@ -126,7 +128,7 @@ class Landing:
             return False
         return (
             target.data_ptr() == given[1].data_ptr()
-            and target.dtype == given[1].dtype
+            and target.dtype == given[1].dtype == (lazy.cast_to or target.dtype)
             and target.shape == given[1].shape
             and target.is_contiguous()
         )
@@ -138,7 +140,7 @@ class Landing:
         """
         source = lazy.source
         memory, source.landed = source.landed, None
-        if memory is None or source.realised is not None:
+        if memory is None or memory.dtype != source.entry.dtype or source.realised is not None:
             return False
         self._delivery.copy_later(target, view_of(memory, lazy))
         return True
@@ -149,28 +151,35 @@ class Landing:
             self._given = None
 
 
-def together(entries: Iterable[TensorEntry], most: int) -> Iterator[list[TensorEntry]]:
+def _nbytes(entry: TensorEntry, dtype: torch.dtype) -> int:
+    """What a tensor takes as this; 0 if it is not to be read."""
+    if entry.dtype != dtype and not (entry.dtype.is_floating_point and entry.dtype.itemsize > 1):
+        return 0  # eight bits come with a scale, and whole numbers are no weights
+    return entry.nbytes // entry.dtype.itemsize * dtype.itemsize
+
+
+def together(sized: Iterable[Sized], most: int) -> Iterator[list[Sized]]:
     """Tensors in their order, as many at a time as take so many bytes, or one that takes more."""
-    found: list[TensorEntry] = []
-    nbytes = 0
-    for entry in entries:
-        if found and nbytes + entry.nbytes > most:
+    found: list[Sized] = []
+    total = 0
+    for item in sized:
+        if found and total + item[1] > most:
             yield found
-            found, nbytes = [], 0
-        found.append(entry)
-        nbytes += entry.nbytes
+            found, total = [], 0
+        found.append(item)
+        total += item[1]
     if found:
         yield found
 
 
-def make_room(entries: Iterable[TensorEntry], device: torch.device) -> None:
-    """Have torch's allocator hold a segment that it can cut these tensors from."""
+def make_room(sizes: Iterable[int], device: torch.device) -> None:
+    """Have torch's allocator hold a segment that it can cut tensors of so many bytes from."""
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get(
         "PYTORCH_ALLOC_CONF", ""
     )
     if device.type != "cuda" or "max_split_size" in settings or "backend" in settings:
         return  # where a large block is not cut, it would be held in vain
-    sizes = [entry.nbytes for entry in entries if entry.nbytes > _LARGE_BYTES]
+    sizes = [size for size in sizes if size > _LARGE_BYTES]
     torch.empty(
         sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes),
         dtype=torch.uint8,
@@ -194,6 +203,10 @@ def _is_whole(lazy: LazyTensor) -> bool:
     entry = lazy.source.entry
     shape = tuple(entry.shape)
     return geometry(lazy) == (shape, row_major(shape), 0, entry.dtype)
+
+
+def _dtype(lazy: LazyTensor) -> torch.dtype:
+    return lazy.cast_to or lazy.source.entry.dtype
 
 
 def _is_within(tensor: torch.Tensor, memory: torch.Tensor) -> bool:

@@ -194,11 +194,14 @@ class Reader:
         return file
 
     def _close_all(self) -> None:
-        """Close all files, and go on when all readers have."""
+        """Close all files, those too that wait to be taken, and go on when all readers have."""
+        waiting = select.poll()
+        waiting.register(self._own, select.POLLIN)  # type: ignore[arg-type]
+        while waiting.poll(0):
+            self._receive()
         self._close_files()
         self._answer(CLOSED)
-        while self._receive():
-            self._close_files()  # one that never was needed
+        self._receive()
 
     def _close_files(self) -> None:
         for descriptor in self.files.values():

@@ -6,9 +6,12 @@ import collections
 import errno
 import gc
 import logging
+import mmap
 import os
 import platform
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +27,7 @@ from hypothesis import strategies as st
 
 from weightlift.loading import crew as crew_module
 from weightlift.loading import crews as crews_module
-from weightlift.loading import feeder, placement, reader_group, ring, writers
+from weightlift.loading import feeder, placement, reader_group, ring, worker, writers
 from weightlift.loading.crew import Crew, parts_of
 from weightlift.loading.crew_spec import CrewSpec, Way
 from weightlift.loading.crews import Crews, crews
@@ -212,6 +215,45 @@ def test_the_same_processes_serve_the_next_load_and_have_no_file_open(
         for pid in (supervisor(crew), *seen[-1]):
             assert not [name for name in descriptors(pid) if name.endswith(".safetensors")]
     assert seen[0] == seen[1] == seen[2]
+
+
+class WatchedReader(worker.Reader):
+    """Says whether descriptors wait for it when it answers."""
+
+    def __init__(self, *args: Any) -> None:
+        self.found: list[bool] = []
+        super().__init__(*args)
+
+    def _answer(self, answer: int) -> None:
+        assert self._own is not None
+        self.found.append(bool(select.select([self._own], [], [], 0)[0]))
+        super()._answer(answer)
+
+
+def test_a_file_that_a_reader_never_needed_is_closed_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    memory = memoryview(mmap.mmap(-1, worker.words_bytes(1)))
+    jobs, numbers = os.pipe()
+    answers, done = os.pipe()
+    ours, theirs = socket.socketpair()
+    reader = WatchedReader(0, jobs, theirs, done, memory, 1)
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+    for number in range(1, 4):
+        socket.send_fds(ours, [worker.FILE.pack(number)], [file])
+    os.write(numbers, worker.NUMBER.pack(worker.CLOSE))
+    thread = threading.Thread(target=reader.serve)
+    thread.start()
+    while len(reader.found) < 2:
+        time.sleep(0.001)
+    ours.send(worker.FILE.pack(0))
+    os.close(numbers)
+    thread.join()
+    for descriptor in (file, jobs, answers, done):
+        os.close(descriptor)
+    ours.close()
+    theirs.close()
+    assert reader.found == [True, False], "none waits when it says that all are closed"
+    assert not reader.files
 
 
 def test_each_byte_is_read_once(save: Any, own: Crews) -> None:

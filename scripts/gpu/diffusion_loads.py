@@ -1,11 +1,17 @@
 """SGLang Diffusion's own pipeline on this GPU: loading its components, stock and with weightlift.
 
-diffusion_loads.py FOLDER OUT [LAYERS [CACHE]]    the checkpoint goes to FOLDER, table and numbers to OUT
+diffusion_loads.py FOLDER OUT [LAYERS] [GROUP..]    the checkpoint goes to FOLDER, table and numbers to OUT
 
 A pipeline of Qwen-Image's shapes: text encoder of 15.2 GB, transformer of LAYERS (60: 41 GB), a small
-VAE. ``build_pipeline`` in a process of its own for each case; the page cache is warm, but for the last
-two. Pipelines on the GPU are then updated, and sleep and wake up, three times. A pipeline that is in FOLDER already is taken as it is. Needs SGLang Diffusion in this
-Python's path (``scripts/gpu/bundle-diffusion``).
+VAE; one that is in FOLDER already is taken as it is. ``build_pipeline`` in a process of its own for each
+case, stock and with weightlift. Groups of cases, all if none is named:
+
+launch    with all components on the GPU, three times, files in the page cache
+offload   with the text encoder on the host, likewise, once
+change    then updated twice, and three times asleep and awake again
+cold      with no file in the page cache
+
+Needs SGLang Diffusion in this Python's path (``scripts/gpu/bundle-diffusion``).
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -23,6 +29,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +60,12 @@ WAYS: dict[str, tuple[bool, list[str]]] = {
     "stock, offloaded encoder": (False, RESIDENT[2:]),
     "weightlift, offloaded encoder": (True, [*RESIDENT[2:], "--enable-parallel-module-load"]),
 }
-CASES = [("stock", "warm"), ("weightlift", "warm")] * 2
-CASES += [(way, "warm") for way in WAYS if "offloaded" in way]
-CASES += [("weightlift", "cold"), ("stock", "cold")]
+GROUPS = {
+    "launch": ["stock", "weightlift"] * 3,
+    "offload": ["stock, offloaded encoder", "weightlift, offloaded encoder"],
+    "change": ["stock", "weightlift"],
+    "cold": ["weightlift", "stock"],
+}
 UPDATED = ["transformer"]
 NOT_NEEDED = (
     "cv2",
@@ -142,7 +152,7 @@ def make(folder: Path, layers: int) -> None:
     print(f"written in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def load(folder: Path, flags: list[str]) -> dict[str, Any]:
+def load(folder: Path, group: str, flags: list[str]) -> dict[str, Any]:
     """Seconds of ``load_modules`` and of each component, and what the parameters hold."""
     from engines import diffusion_harness as harness
     from engines import diffusion_on_cpu
@@ -160,7 +170,7 @@ def load(folder: Path, flags: list[str]) -> dict[str, Any]:
     if not torch.cuda.is_available():
         diffusion_on_cpu.platform_for_cpu()
     pipeline, _ = harness.build({"model": str(folder), "flags": flags}, 0, 29700)
-    if "--text-encoder-cpu-offload" in flags:
+    if group == "change":
         update = WeightsUpdater(pipeline).update_weights_from_disk
         for name in ("first update", "second update"):
             done, message = timed(update, seconds, name)(str(folder), target_modules=UPDATED)
@@ -233,11 +243,23 @@ def timed(function: Any, seconds: dict[str, float], name: str = "") -> Any:
     return measured
 
 
-def run(folder: Path, way: str, report: Path) -> dict[str, Any]:
+def fill_page_cache(files: list[Path]) -> None:
+    """Read files that a process before may have had the kernel forget."""
+
+    def read(file: Path) -> None:
+        with open(file, "rb", buffering=0) as opened:
+            while opened.readinto(bytearray(32 << 20)):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, files))
+
+
+def run(folder: Path, way: str, group: str, report: Path) -> dict[str, Any]:
     """One way in a process of its own."""
     is_ours, flags = WAYS[way]
     environ = {**os.environ, "WEIGHTLIFT": str(int(is_ours)), "WEIGHTLIFT_REPORT": str(report)}
-    command = [sys.executable, __file__, "--one", str(folder), *flags]
+    command = [sys.executable, __file__, "--one", str(folder), group, *flags]
     ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -246,7 +268,7 @@ def run(folder: Path, way: str, report: Path) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, out: Path, layers: int, caches: str) -> None:
+def main(folder: Path, out: Path, layers: int, groups: list[str]) -> None:
     """Make, load, compare, write."""
     out.mkdir(parents=True, exist_ok=True)
     pipeline = folder / "Qwen-Image"
@@ -258,32 +280,33 @@ def main(folder: Path, out: Path, layers: int, caches: str) -> None:
         ceiling = warm_ceiling(pipeline / "transformer", torch.device("cuda"))
     print(f"{stored / 1e9:.1f} GB in files, ceiling {ceiling / 1e9:.1f} GB/s", flush=True)
     rows = []
-    for way, cache in [case for case in CASES if case[1] in caches]:
-        if cache == "cold":
-            for file in files:
-                make_cold(file)
-        found = run(pipeline, way, out / "reports.jsonl")
-        rows.append({"way": way, "cache": cache, "stored": stored, "ceiling": ceiling, **found})
+    for group, way in [(asked, way) for asked in groups for way in GROUPS[asked]]:
+        fill_page_cache(files)
+        for file in files if group == "cold" else []:
+            make_cold(file)
+        found = run(pipeline, way, group, out / "reports.jsonl")
+        rows.append({"way": way, "group": group, "stored": stored, "ceiling": ceiling, **found})
         (out / "diffusion.json").write_text(json.dumps(rows, indent=1))
         told = ", ".join(f"{name} {value:.2f}" for name, value in found["seconds"].items())
         print(
-            f"{cache} {way:30s} {told} s; peak {found['peak'] / 1e9:.1f} GB, "
+            f"{group:8s} {way:30s} {told} s; peak {found['peak'] / 1e9:.1f} GB, "
             f"host {found['host'] / 1e9:.1f} GB",
             flush=True,
         )
-    for group in ("stock", "stock, offloaded encoder"):
-        alike = [row for row in rows if row["way"].endswith(group.removeprefix("stock"))]
-        sums = {str(row["sums"]) for row in alike if ("offloaded" in row["way"]) == ("," in group)}
-        print(f"{group}: parameters are {'equal' if len(sums) == 1 else 'NOT equal'}", flush=True)
+    for where in ("on the GPU", "offloaded"):
+        alike = [row for row in rows if ("offloaded" in row["way"]) == (where == "offloaded")]
+        if sums := {str(row["sums"]) for row in alike}:
+            told = "equal" if len(sums) == 1 else "NOT equal"
+            print(f"encoder {where}: parameters are {told}", flush=True)
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(TESTS))
     put_in_place_of_absent_modules()
     if sys.argv[1] == "--one":
-        told = load(Path(sys.argv[2]), sys.argv[3:])
+        told = load(Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
         print(f"RESULT {json.dumps(told)}", flush=True)
         os._exit(0)
-    given = sys.argv[1:]
-    folder, out, layers, caches = given + [str(LAYERS), "warm cold"][len(given) - 2 :]
-    main(Path(folder), Path(out), int(layers), caches)
+    folder, out, *more = sys.argv[1:]
+    layers = int(more.pop(0)) if more and more[0].isdecimal() else LAYERS
+    main(Path(folder), Path(out), layers, more or list(GROUPS))

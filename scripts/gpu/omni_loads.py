@@ -1,14 +1,15 @@
 """vLLM-Omni's own loader on this GPU, stock and with weightlift: transformers of two real shapes.
 
-omni_loads.py FOLDER OUT    checkpoints go to FOLDER, the table and the numbers to OUT
+omni_loads.py FOLDER OUT [warm]    checkpoints go to FOLDER, the table and the numbers to OUT
 
 qwen-image    its transformer, 41 GB of bfloat16
 wan           two transformers of Wan2.2's width and a quarter of its 40 layers, 29 GB of float32 in
               the files and bfloat16 on the device
 
 ``DiffusersPipelineLoader.load_weights`` into parameters that are there, in a process of its own for
-each way, twice; the page cache is warm, but for a last call of two of the ways. Needs vLLM-Omni and
-vLLM in this Python's path (``scripts/gpu/bundle-omni``), without their compiled kernels.
+each way, three times; the page cache is warm, but for a last call of two of the ways, which ``warm``
+leaves out. Needs vLLM-Omni and vLLM in this Python's path (``scripts/gpu/bundle-omni``), without their
+compiled kernels.
 """
 
 # pyright: reportMissingImports=false
@@ -18,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -60,7 +62,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "weightlift, 4 readers": {"readers": "4"},
     "weightlift, 12 readers": {"readers": "12"},
 }
-CALLS = 2
+CALLS = 3
 COLD = ("stock, 4 threads", "weightlift, 12 readers")
 
 
@@ -81,7 +83,7 @@ def make(part: str, folder: Path) -> None:
     print(f"{part} written in {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def load(part: str, folder: Path, way: str) -> dict[str, Any]:
+def load(part: str, folder: Path, way: str, *, is_warm: bool) -> dict[str, Any]:
     """Seconds of the calls of one way, and what the parameters hold after them."""
     sys.path.insert(0, str(TESTS))
     from engines import omni_harness as omni
@@ -113,7 +115,7 @@ def load(part: str, folder: Path, way: str) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         seconds = [timed(lambda: loader.load_weights(model)) for _ in range(CALLS)]
-        if way in COLD:
+        if way in COLD and not is_warm:
             for file in folder.rglob("*.safetensors"):
                 make_cold(file)
             seconds.append(timed(lambda: loader.load_weights(model)))
@@ -159,7 +161,7 @@ def timed(load: Any) -> float:
     return time.perf_counter() - started
 
 
-def run(part: str, folder: Path, way: str) -> dict[str, Any]:
+def run(part: str, folder: Path, way: str, *more: str) -> dict[str, Any]:
     """One way in a process of its own."""
     environ = {**os.environ, "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     readers = WAYS[way].get("readers")
@@ -167,7 +169,7 @@ def run(part: str, folder: Path, way: str) -> dict[str, Any]:
     if readers:
         environ["WEIGHTLIFT_NUM_LOAD_THREADS"] = readers
         environ["WEIGHTLIFT_MULTITHREAD_LOAD"] = "1"
-    command = [sys.executable, __file__, "--one", part, str(folder), way]
+    command = [sys.executable, __file__, "--one", part, str(folder), way, *more]
     ran = subprocess.run(command, env=environ, capture_output=True, text=True)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -176,7 +178,7 @@ def run(part: str, folder: Path, way: str) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, out: Path) -> None:
+def main(folder: Path, out: Path, *more: str) -> None:
     """Make, load, compare, write."""
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -189,9 +191,10 @@ def main(folder: Path, out: Path) -> None:
             f"{part}: {stored / 1e9:.1f} GB in files, ceiling {ceiling / 1e9:.1f} GB/s", flush=True
         )
         for way in WAYS:
-            found = run(part, place, way)
+            found = run(part, place, way, *more)
             rows.append({"part": part, "way": way, "stored": stored, "ceiling": ceiling, **found})
-            first, then, *cold = found["seconds"]
+            first, cold = found["seconds"][0], found["seconds"][CALLS:]
+            then = statistics.median(found["seconds"][1:CALLS])
             share = stored / ceiling / then
             print(
                 f"{part:10s} {way:24s} first {first:6.2f} s, then {then:6.2f} s, "
@@ -208,7 +211,7 @@ def main(folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--one":
-        told = load(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+        told = load(sys.argv[2], Path(sys.argv[3]), sys.argv[4], is_warm="warm" in sys.argv[5:])
         print(f"RESULT {json.dumps(told)}", flush=True)
         os._exit(0)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
