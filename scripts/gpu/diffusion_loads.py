@@ -247,8 +247,9 @@ def fill_page_cache(files: list[Path]) -> None:
     """Read files that a process before may have had the kernel forget."""
 
     def read(file: Path) -> None:
+        room = bytearray(16 << 20)
         with open(file, "rb", buffering=0) as opened:
-            while opened.readinto(bytearray(32 << 20)):
+            while opened.readinto(room):
                 pass
 
     with ThreadPoolExecutor(8) as pool:
