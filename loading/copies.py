@@ -14,8 +14,9 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.buffers import memory_of
+from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.delivery import Delivery
-from weightlift.loading.errors import PlanAborted
+from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.landing import Landing
 from weightlift.loading.lazy import LazyTensor, as_reported, data_of, geometry, place_of
@@ -33,7 +34,7 @@ class Copies:
         is_exhausted: Whether the loader was told that there are no more tensors. Copies that it
             makes after that are put in place at once.
         thread: The one that the loader runs in; it may have others of its own.
-        landing: What is read before the loader asks for it. Without a ledger alone.
+        landing: What is read before the loader asks for it.
     """
 
     def __init__(
@@ -59,6 +60,21 @@ class Copies:
         """Whether concatenations stay lazy; a ledger takes down the copies of single tensors."""
         return self.ledger is None
 
+    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> bool:
+        """See :meth:`Landing.begin`; without a ledger alone, for what it reads goes unnoticed.
+
+        Raises:
+            PlanAborted: There are no readers, or no memory.
+            CheckpointError: A shard could not be read.
+        """
+        assert self.ledger is None
+        try:
+            return self.landing.begin(checkpoint, device, dtype)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise self.abort(PlanAborted(f"reading could not begin: {error!r}")) from error
+
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:
         """Fill ``target`` from the file, in the background where that is safe.
 
@@ -73,7 +89,7 @@ class Copies:
                 target.copy_(torch.empty(shape, dtype=dtype, device=target.device))
             return
         entry = lazy.source.entry
-        is_in_place = self.landing.is_in_place(target, lazy)
+        is_in_place = self._is_loaders() and self.landing.is_in_place(target, lazy)
         is_cast_twice = lazy.cast_to not in (None, target.dtype)
         is_joined = isinstance(lazy.source, JoinedSource)
         if is_joined and not is_cast_twice and self._copy_parts(target, lazy):
@@ -94,7 +110,7 @@ class Copies:
         with self._lock:
             if self.ledger is not None:
                 self.ledger.moved(entry, transfer)
-                self.ledger.strangers |= threading.get_ident() != self.thread
+                self.ledger.strangers |= not self._is_loaders()
             is_small = len(shape) < 2 and not self._must_wait()
             self.report.planned += not is_small
             self.report.landed += is_in_place
@@ -125,20 +141,22 @@ class Copies:
 
     def land(self, lazy: LazyTensor) -> torch.Tensor:
         """A real tensor in place of a lazy one, where and of the dtype that it says; filled later."""
-        landed = self.landing.take(lazy)
+        landed = self.landing.take(lazy) if self._is_loaders() else None
         if landed is not None:
             with self._lock:
                 self.report.planned += 1
                 self.report.landed += 1
-                self.report.bytes_needed += landed.nbytes
+                self.report.bytes_needed += lazy.source.entry.nbytes
             return landed
-        target = as_reported(lazy, lazy.reported_device)
-        self.copy(target, lazy)
+        with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
+            target = as_reported(lazy, lazy.reported_device)
+            self.copy(target, lazy)
         return target
 
     def moved(self, lazy: LazyTensor) -> None:
         """A loader moves a lazy tensor."""
-        self.landing.moved(lazy.source)
+        if self._is_loaders():
+            self.landing.moved(lazy.source)
 
     def empty_like(
         self, tensor: torch.Tensor, device: Any, dtype: torch.dtype | None
@@ -148,8 +166,11 @@ class Copies:
 
     def _must_wait(self) -> bool:
         """Whether small copies of this thread wait, which they may where the guard is."""
-        is_asked = self._all_wait or self.delivery.is_gated
-        return is_asked and threading.get_ident() == self.thread
+        return (self._all_wait or self.delivery.is_gated) and self._is_loaders()
+
+    def _is_loaders(self) -> bool:
+        """Whether this is the loader's thread, where the guard is."""
+        return threading.get_ident() == self.thread
 
     def _copy_now(self, target: torch.Tensor, lazy: LazyTensor) -> None:
         self.delivery.open_gate()

@@ -7,13 +7,13 @@ import os
 import threading
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from typing import Final
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.exchange import Exchange
 from weightlift.loading.files import ShardFile
+from weightlift.loading.later import LaterCopies
 from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Plan, Window
 from weightlift.loading.reader import ReaderPool
@@ -23,9 +23,6 @@ from weightlift.loading.settings import Settings
 from weightlift.loading.shared_plan import SharedPlan
 from weightlift.loading.steps import Storages
 from weightlift.loading.transfer import Run, Transfer
-
-LATER_BYTES: Final = 1 << 30
-"""Copies that wait for what they copy to be read: at most so much memory is taken twice."""
 
 
 class Delivery:
@@ -56,9 +53,7 @@ class Delivery:
         self._held: list[tuple[torch.device, Window]] = []
         self._deferred: list[Callable[[], object]] = []
         self._deferred_storages: Storages = {}
-        self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._later_storages: set[int] = set()
-        self._later_bytes = 0
+        self._later = LaterCopies()
         self._pools: dict[torch.device, ReaderPool] = {}
         self._plans: dict[torch.device, Plan] = {}
         self._lock = threading.RLock()
@@ -74,12 +69,13 @@ class Delivery:
         """Whether nothing is pending here; a forked child has no readers to wait for."""
         if os.getpid() != self._process:
             return True
-        is_planned = self._deferred or self._later
-        return not is_planned and all(plan.is_empty for plan in list(self._plans.values()))
+        if self._deferred or not self._later.is_empty:
+            return False
+        return all(plan.is_empty for plan in list(self._plans.values()))
 
     def add(self, transfer: Transfer) -> None:
         """Record a transfer."""
-        if self._later and self._is_for_later(transfer.target):
+        if self._later.touch(transfer.target):
             self.flush()
         self._plan(transfer.target.device).add(transfer)
 
@@ -91,17 +87,9 @@ class Delivery:
         self._plan(device).add_disjoint(file, pieces, memories)
 
     def copy_later(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Record a copy from what is being filled, made by the next flush when all else is in place.
-
-        Args:
-            target: Of the shape of ``source``; of any strides and dtype, on any device.
-            source: In memory that transfers recorded before fill.
-        """
-        with self._lock:
-            self._later.append((target.detach(), source))
-            self._later_storages.add(target.untyped_storage().data_ptr())
-            self._later_bytes += target.nbytes
-        if self._later_bytes > LATER_BYTES:
+        """Record a copy from what transfers before it fill; see :meth:`LaterCopies.add`."""
+        self._later.add(target, source)
+        if self._later.is_full:
             self.flush()
 
     def touches(self, tensor: torch.Tensor) -> bool:
@@ -113,7 +101,7 @@ class Delivery:
             return bool(plans or self._deferred)
         if tensor.untyped_storage().data_ptr() in self._deferred_storages:
             return True
-        if self._is_for_later(tensor):
+        if self._later.touch(tensor):
             return True
         return any(plan.touches(tensor) for plan in plans)
 
@@ -152,6 +140,11 @@ class Delivery:
         if self._exchange is not None and not (self.is_gated or self._exchange.is_forced):
             self.read_alone("planning takes longer than reading")
 
+    def hand_on(self) -> None:
+        """Hand on what was recorded so far: the next transfers begin other windows."""
+        for plan in list(self._plans.values()):
+            plan.close_window()
+
     def open_gate(self) -> None:
         """Allow writing, and hand on what was gathered so far, unless it is to be shared.
 
@@ -177,15 +170,7 @@ class Delivery:
                 self._share(self._exchange)
         for device, plan in list(self._plans.items()):
             plan.flush(self._pools[device].drain)
-        with self._lock:
-            later, self._later = self._later, []
-            self._later_storages, self._later_bytes = set(), 0
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                for target, source in later:
-                    target.copy_(source)
-
-    def _is_for_later(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._later_storages
+        self._later.make()
 
     def _share(self, exchange: Exchange) -> None:
         """Do what was gathered together with the other ranks, once; the rest alone."""

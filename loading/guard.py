@@ -52,7 +52,7 @@ class PendingGuard(TorchFunctionMode):
 
     def _landed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Memory in which what a loader is about to copy arrives, in place of other like it."""
-        if len(args) != 1 or "device" not in kwargs or not kwargs.keys() <= {"device", "dtype"}:
+        if len(args) != 1 or not kwargs.get("device") or not kwargs.keys() <= {"device", "dtype"}:
             return None
         return self._recorder.empty_like(args[0], kwargs["device"], kwargs.get("dtype"))
 

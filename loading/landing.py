@@ -19,6 +19,7 @@ from weightlift.loading.checkpoint import Checkpoint, Shard
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry
+from weightlift.loading.later import LATER_BYTES
 from weightlift.loading.lazy import LazyTensor, geometry, view_of
 from weightlift.loading.settings import MIB
 from weightlift.loading.source import Source
@@ -51,9 +52,10 @@ class Landing:
         self._memory: dict[tuple[ShardFile, str], torch.Tensor] = {}
         self._moved: weakref.ref[Source] | None = None
         self._given: tuple[Source, torch.Tensor] | None = None
+        self._wasted = 0
 
-    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        """Have tensors read and cast, if the device has room for them and more.
+    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> bool:
+        """Have tensors read and cast, if the device has room for them and more; says whether it has.
 
         Args:
             checkpoint: Its open shards.
@@ -62,10 +64,12 @@ class Landing:
         """
         wanted = sum(_nbytes(entry, dtype) for entry in checkpoint.entries())
         if not wanted or wanted + SPARE_BYTES > free_memory(device):
-            return
+            return False
         with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
             for shard in checkpoint.shards:
                 self._begin(shard, device, dtype)
+        self._delivery.hand_on()
+        return True
 
     def _begin(self, shard: Shard, device: torch.device, dtype: torch.dtype) -> None:
         sized = [(entry, _nbytes(entry, dtype)) for entry in shard.tensors.values()]
@@ -140,10 +144,22 @@ class Landing:
         """
         source = lazy.source
         memory, source.landed = source.landed, None
-        if memory is None or memory.dtype != source.entry.dtype or source.realised is not None:
+        if memory is None or source.realised is not None:
             return False
-        self._delivery.copy_later(target, view_of(memory, lazy))
+        stored = source.entry.dtype
+        cast_to = None if memory.dtype == stored else memory.dtype
+        if cast_to is not None and (target.dtype != cast_to or geometry(lazy)[3] != stored):
+            self._waste(memory)
+            return False
+        self._delivery.copy_later(target, view_of(memory, lazy, cast_to))
         return True
+
+    def _waste(self, memory: torch.Tensor) -> None:
+        """Memory that is of no use is held until it is filled."""
+        self._wasted += memory.nbytes
+        if self._wasted > LATER_BYTES:
+            self._wasted = 0
+            self._delivery.flush()
 
     def observed(self, tensors: list[torch.Tensor]) -> None:
         """Note that the loader works with these: what was given may be written to."""
@@ -192,7 +208,9 @@ def _fits(
 ) -> bool:
     with torch._C.DisableTorchFunction():
         return (
-            memory.device == _complete(device)
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and memory.is_inference() == torch.is_inference_mode_enabled()
+            and memory.device == _complete(device)
             and memory.dtype == (dtype or tensor.dtype)
             and memory.shape == tensor.shape
             and tensor.is_contiguous()

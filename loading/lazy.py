@@ -92,9 +92,12 @@ def data_of(lazy: LazyTensor) -> torch.Tensor:
     return data if is_as_read else data.to(lazy.reported_device, lazy.cast_to or data.dtype)
 
 
-def view_of(memory: torch.Tensor, lazy: LazyTensor) -> torch.Tensor:
-    """What a lazy tensor is of its source's elements, where these are in memory."""
-    shape, stride, offset, dtype = geometry(lazy)
+def view_of(
+    memory: torch.Tensor, lazy: LazyTensor, cast_to: torch.dtype | None = None
+) -> torch.Tensor:
+    """What a lazy tensor is of its source's elements, where these are in memory, perhaps cast."""
+    shape, stride, offset, stored = geometry(lazy)
+    dtype = cast_to or stored
     length = 0 if 0 in shape else extent(shape, stride)
     found = memory.view(-1).view(torch.uint8)[offset * dtype.itemsize :]
     return found[: length * dtype.itemsize].view(dtype).as_strided(shape, stride)

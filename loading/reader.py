@@ -172,3 +172,4 @@ class HostReaders(ReaderPool):
                 except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
                     self.fail(error)
                 self.finish(window)
+                del window  # and with it what it filled

@@ -129,16 +129,10 @@ class LoadSession:
             self.delivery.read_alone("its bytes are staged")
         return checkpoint
 
-    def begin(self, files: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-        """:meth:`open` shards before the loader does, and read tensors before it makes memory for them.
-
-        Args:
-            files: Paths of the shards.
-            device: Where it will want their tensors.
-            dtype: What it will want them as; those of another are left for later.
-        """
+    def begin(self, files: Sequence[str], device: torch.device, dtype: torch.dtype) -> bool:
+        """:meth:`open` these shards before the loader does, and begin to read; see :meth:`Copies.begin`."""
         checkpoint = self._begun[tuple(files)] = self.open(files)
-        self._copies.landing.begin(checkpoint, device, dtype)
+        return self._copies.begin(checkpoint, device, dtype)
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
         """Have an open checkpoint read as the settings say and closed with the session."""
@@ -239,6 +233,8 @@ class LoadSession:
     def __exit__(self, *_: object) -> None:
         self.report.seconds = time.perf_counter() - self.report.started
         self._copies.landing.clear()
+        for source in self._sources:
+            source.landed = None  # who keeps a lazy tensor keeps no memory
         with ExitStack() as closing:
             for checkpoint, drop_cache in self._checkpoints:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)

@@ -80,6 +80,8 @@ def test_stock_and_weightlift_leave_and_make_the_same(
         {**wan, "name": "not asked"},
         {**wan, "name": "mapped", "mapped": True, "env": ASKED},
     ]
+    flux = {"model": str(pipelines / "sound" / NAMES["flux"])}
+    cases.append({**flux, "name": "hindered", "hindered": True, "env": ASKED})
     for component in ("transformer", "text_encoder"):
         model = pipelines / f"damaged {component}" / NAMES["wan"]
         cases.append({"model": str(model), "name": f"damaged {component}", "env": ASKED})
@@ -91,6 +93,8 @@ def test_stock_and_weightlift_leave_and_make_the_same(
         assert {**ours, "case": ""} == {**stock, "case": ""}, kind
     for name in ("off", "not asked", "mapped"):
         assert runs.told[name][0]["components"] == runs.told["wan stock"][0]["components"]
+    (hindered,), (stock,) = runs.told["hindered"], runs.told["flux stock"]
+    assert {**hindered, "case": ""} == {**stock, "case": ""}
     # Weightlift did it: the transformers, the text encoders; VAEs too where they have no mapping.
     reports = [report for report in runs.reports if not report["fallback_reason"]]
     modes = {report["architecture"]: report["mode"] for report in reports}
@@ -98,8 +102,18 @@ def test_stock_and_weightlift_leave_and_make_the_same(
     wanted |= {"T5EncoderModel", "CLIPTextModel"}
     assert modes.keys() >= wanted and set(modes.values()) == {"weightlift"}, modes
     assert all(report["planned"] and not report["materialised"] for report in reports)
-    (mapped,) = [report for report in runs.reports if report["fallback_reason"]]
-    assert mapped["architecture"] == "WanTransformer3DModel" and "host" in mapped["fallback_reason"]
+    # Of the transformers but what is joined, or stays in another dtype, was read while they were built.
+    landed = {report["architecture"]: report["landed"] / report["planned"] for report in reports}
+    assert landed["FluxTransformer2DModel"] == 1 and landed["QwenImageTransformer2DModel"] > 0.8
+    assert landed["WanTransformer3DModel"] > 0.9 or version == "0.5.7"  # which has it on the host
+    reasons = {
+        report["architecture"]: report["fallback_reason"]
+        for report in runs.reports
+        if report["fallback_reason"]
+    }
+    assert reasons.keys() == {"WanTransformer3DModel", "FluxTransformer2DModel"}
+    assert "host" in reasons["WanTransformer3DModel"]
+    assert "does not say" in reasons["FluxTransformer2DModel"]
     # Damage is told, with its file where the engine does not see it first; nothing deletes that.
     assert runs.error("damaged transformer")
     error = runs.error("damaged text_encoder")

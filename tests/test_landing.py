@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,8 @@ import pytest
 import torch
 from test_session import COPIES, Loader
 
-from weightlift.loading import delivery, landing, placement
-from weightlift.loading.errors import CheckpointError
+from weightlift.loading import delivery, landing, later, placement
+from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.lazy import LazyTensor
 from weightlift.loading.session import LoadSession
 
@@ -95,6 +98,22 @@ def test_parameters_made_of_lazy_tensors_are_what_was_read(
         session.finish(model)
     assert session.report.landed == 2
     assert all(bits(value) == bits(weights[name]) for name, value in model.named_parameters())
+
+
+def test_a_parameter_made_of_joined_tensors_is_made_of_what_was_read(
+    device: torch.device, save: Any, open_session: Any
+) -> None:
+    weights = {f"w{number}": torch.randn(8, 9) for number in range(3)}
+    files = save(weights)
+    model = torch.nn.Linear(9, 24, bias=False, device="meta")
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, device, FLOAT)
+        joined = torch.cat([lazy for _, lazy in session.iterate(files)]).to(device)
+        model.load_state_dict({"weight": joined}, assign=True)
+        session.adopt(model)
+        session.finish(model)
+    assert bits(model.weight) == bits(torch.cat([weights[name] for name in sorted(weights)]))
+    assert session.report.bytes_read == header_bytes(files) + 3 * 8 * 9 * 4
 
 
 def swapped(first: torch.Tensor, second: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
@@ -217,7 +236,7 @@ def test_any_mixture_of_such_sequences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chance = random.Random(seed)
-    monkeypatch.setattr(delivery, "LATER_BYTES", chance.choice([0, 2000, 1 << 30]))
+    monkeypatch.setattr(later, "LATER_BYTES", chance.choice([0, 2000, 1 << 30]))
     weights = {f"w{number:02d}": torch.randn(16, 9) for number in range(40)}
     files = save(weights)
     pairs = [tuple(chance.sample(sorted(weights), 2)) for _ in range(60)]
@@ -252,7 +271,8 @@ def test_what_is_stored_otherwise_is_cast_on_its_way(
         made = []
         for _, weight in sorted(tensors.items()):
             for moved in (weight.to(device, dtype), weight.to(device)):
-                made.append(torch.empty_like(moved, device=device, dtype=dtype))
+                like = torch.empty(weight.shape, device="meta")
+                made.append(torch.empty_like(like, device=device, dtype=dtype))
                 made[-1].copy_(moved)
         return made
 
@@ -265,17 +285,98 @@ def test_what_is_stored_otherwise_is_cast_on_its_way(
     assert [bits(item) for item in found] == [bits(item) for item in expected]
 
 
-def test_a_cast_that_was_not_foreseen_starts_from_the_file(
+def test_what_was_cast_is_of_use_for_what_is_made_of_it(
     device: torch.device, save: Any, open_session: Any
 ) -> None:
-    weight = torch.randn(16, 9)
-    files = save({"weight": weight})
+    weights = {"a": torch.randn(16, 9), "b": torch.randn(5, 9)}
+    files = save(weights)
+
+    def parameters(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Of both together, and of a part of one whose bits are looked at in another way."""
+        joined = torch.cat([tensors["a"], tensors["b"]]).to(device, torch.bfloat16)
+        fused = torch.zeros(21, 9, dtype=torch.bfloat16, device=device)
+        fused.copy_(joined)
+        cut = torch.zeros(2, 9, dtype=torch.bfloat16, device=device)
+        cut.copy_(tensors["a"].view(torch.int32)[3:5].view(torch.float32))
+        return [fused, cut]
+
+    expected = parameters(weights)
     with open_session(all_wait=True) as session, session.armed():
         session.begin(files, device, torch.bfloat16)
-        ((_, lazy),) = session.iterate(files)
-        found = parameter_of(lazy, device)
+        found = parameters(dict(session.iterate(files)))
         session.end()
-    assert session.report.landed == 0 and bits(found) == bits(weight)
+    assert [bits(item) for item in found] == [bits(item) for item in expected]
+    again = 2 * 9 * 4  # what was cut, for it had been given up
+    assert session.report.bytes_read == header_bytes(files) + 21 * 9 * 4 + again
+
+
+def test_wrong_guesses_are_given_up_by_and_by(
+    device: torch.device, save: Any, open_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landing, "LATER_BYTES", 3 * 16 * 9 * 2)
+    weights = {f"w{number}": torch.randn(16, 9) for number in range(12)}
+    files = save(weights)
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, device, torch.bfloat16)
+        gone = [weakref.ref(memory) for memory in session._copies.landing._memory.values()]
+        found = {name: parameter_of(lazy, device) for name, lazy in session.iterate(files)}
+        assert sum(memory() is None for memory in gone) >= 8
+        session.end()
+    assert session.report.landed == 0
+    assert all(bits(found[name]) == bits(weight) for name, weight in weights.items())
+
+
+def test_other_threads_get_no_memory_that_waits(save: Any, open_session: Any) -> None:
+    weight, cpu = torch.randn(7), torch.device("cpu")
+    files = save({"weight": weight})
+    with open_session(all_wait=True) as session, session.armed(), ThreadPoolExecutor(1) as pool:
+        session.begin(files, cpu, FLOAT)
+        ((_, lazy),) = session.iterate(files)
+        moved = lazy.to(cpu)
+        memory = torch.empty_like(torch.empty(7, device="meta"), device=cpu)
+        pool.submit(memory.copy_, moved).result()
+        assert bits(pool.submit(lambda: memory * 1).result()) == bits(weight)
+
+
+def test_memory_is_like_what_it_is_asked_to_be_like(save: Any, open_session: Any) -> None:
+    class Own(torch.Tensor):
+        pass
+
+    cpu = torch.device("cpu")
+    files = save({"weight": torch.randn(16, 9)})
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, cpu, FLOAT)
+        ((_, lazy),) = session.iterate(files)
+        half = lazy.to(cpu, torch.bfloat16)
+        assert torch.empty_like(half, device=cpu).dtype == torch.bfloat16
+        assert type(torch.empty_like(torch.zeros(16, 9).as_subclass(Own), device=cpu)) is Own
+        assert torch.empty_like(torch.zeros(16, 9), device=None).shape == (16, 9)
+        with torch.inference_mode():
+            assert torch.empty_like(torch.zeros(16, 9), device=cpu).is_inference()
+
+
+def test_all_is_handed_on_at_once(save: Any, open_session: Any) -> None:
+    files = save({"weight": torch.randn(16, 9)})
+    with open_session(all_wait=True) as session, session.armed():
+        assert session.begin(files, torch.device("cpu"), FLOAT)
+        until = time.monotonic() + 30
+        while session._bytes_read() < os.path.getsize(files[0]) and time.monotonic() < until:
+            time.sleep(0.001)
+        assert session._bytes_read() == os.path.getsize(files[0])
+
+
+def test_what_hinders_reading_leaves_the_load_to_the_engine(
+    save: Any, open_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no readers")
+
+    monkeypatch.setattr(delivery, "open_readers", fail)
+    files = save({"weight": torch.randn(16, 9)})
+    with open_session() as session, session.armed():
+        with pytest.raises(PlanAborted, match="no readers"):
+            session.begin(files, torch.device("cpu"), FLOAT)
+        assert session.aborted is not None
 
 
 def test_nothing_is_begun_without_room(
@@ -302,6 +403,15 @@ def test_what_is_never_asked_for_is_freed(save: Any, open_session: Any) -> None:
         gone = weakref.ref(memory)
         del memory
     assert gone() is None
+
+
+def test_who_keeps_lazy_tensors_keeps_no_memory(save: Any, open_session: Any) -> None:
+    files = save({"weight": torch.randn(16, 9)})
+    with open_session(all_wait=True) as session, session.armed():
+        session.begin(files, torch.device("cpu"), FLOAT)
+        ((_, lazy),) = session.iterate(files)
+        gone = weakref.ref(lazy.source.landed)
+    assert gone() is None and lazy.source.landed is None
 
 
 def test_a_file_cut_short_meanwhile_is_an_error(save: Any, open_session: Any) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import environment
 from engines.checkpoints import make_checkpoint
 from engines.runs import Runs, run_cases
 from engines.verdicts import RELOADS_FROM
 from packaging.version import Version
+from safetensors.torch import load_file
 
 ASKED = {"WEIGHTLIFT_MULTITHREAD_LOAD": "1"}
 VERSIONS = (
@@ -71,6 +74,12 @@ def cases_of(folder: Path, version: str) -> list[dict[str, Any]]:
             {**sound, "name": "a bug half way", "fault": (2, "bug", 0)},
             {**sound, "name": "one of two ranks", "tp": 2, "fault": (0, "damage", 1)},
         ]
+        pickled = {"model": models["qwen3"], "reload": str(pickled_copy(second["qwen3"]))}
+        cases += [
+            {**pickled, "name": "pickled, reloaded"},
+            {**pickled, "name": "pickled, asked", "env": ASKED},
+            {**pickled, "name": "pickled, refused", "env": ASKED, "is_refused": True},
+        ]
     for kind in fp8_of(version):
         model = str(make_checkpoint(folder / f"{kind} fp8", kind, 1, head=32, block_fp8=True))
         for size in (1, 2):
@@ -91,6 +100,18 @@ def cases_of(folder: Path, version: str) -> list[dict[str, Any]]:
         {**dense, "name": "eager", "options": eager, "env": ASKED},
         {"model": str(broken), "name": "broken", "env": ASKED},
     ]
+
+
+def pickled_copy(folder: str) -> Path:
+    """The same checkpoint in PyTorch's own format."""
+    copy = Path(f"{folder} pickled")
+    copy.mkdir()
+    for file in Path(folder).iterdir():
+        if file.suffix == ".safetensors":
+            torch.save(load_file(file), copy / f"pytorch_{file.stem}.bin")
+        elif "index" not in file.name:
+            shutil.copy(file, copy)
+    return copy
 
 
 def run(version: str, folder: Path) -> Runs:
@@ -132,12 +153,16 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
         absent = {told["rank"]: told.get("absent", 0) for told in runs.told["one of two ranks"]}
         assert absent[0] == 0 < absent[1]
         assert runs.hashes("a bug half way") == runs.hashes("qwen3 1 stock, reloaded")
+        # The engine reloads what has no safetensors files, or nothing does and the weights stay.
+        assert runs.hashes("pickled, reloaded") == runs.hashes("qwen3 1 stock, reloaded")
+        assert "no safetensors files" in runs.error("pickled, asked")
+        assert runs.hashes("pickled, refused") == runs.hashes("qwen3 1 stock")
     # Weightlift did it: each model on one rank and on two, and the cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
     reloads = [report for report in planned_loads if report["phase"] == "update"]
     launches = len(planned_loads) - len(reloads)
     models, stored = len(models_of(version)), len(fp8_of(version))
-    reloaded = models * 3 + 3 + 4 if can_reload(version) else 0
+    reloaded = models * 3 + 3 + 4 + 3 if can_reload(version) else 0
     assert launches == models * 3 + stored * 3 + 3 + reloaded
     assert len(reloads) == (models * 3 + 1 if can_reload(version) else 0)
     for report in planned_loads:

@@ -69,8 +69,31 @@ class _Component:
     def _by_plan(
         self, report: LoadReport, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        session = LoadSession(self._settings, report, all_wait=True)
         put_back = _process_state()
+        try:
+            return self._planned(report, original, *args, **kwargs)
+        except CheckpointError as error:
+            self._damage = error
+            raise
+        except PlanAborted as error:
+            reason = str(error)
+        # The error is gone, and with its traceback the session and the component that was half built.
+        logger.warning("weightlift: %s is loaded again by the engine: %s", self._path, reason)
+        report.fall_back(reason)
+        gc.collect()
+        put_back()  # layers are initialised once more
+        return original(*args, **kwargs)
+
+    def _planned(
+        self, report: LoadReport, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load once, by plan.
+
+        Raises:
+            PlanAborted: That cannot be, whatever the loader made of it.
+            CheckpointError: A file is damaged.
+        """
+        session = LoadSession(self._settings, report, all_wait=True)
         try:
             with session, _told(session):
                 with session.armed():
@@ -80,19 +103,12 @@ class _Component:
                 elif report.tensors:
                     raise session.abort(PlanAborted(f"{type(component).__name__} is no module"))
             return component
-        except CheckpointError as error:
-            self._damage = error
+        except CheckpointError:
             raise
         except Exception as error:
             if not report.tensors and session.aborted is None:  # nothing of ours was in it
                 raise
-            reason = str(session.aborted or repr(error))
-        # The error is gone, and with its traceback the component that was half built.
-        logger.warning("weightlift: %s is loaded again by the engine: %s", self._path, reason)
-        report.fall_back(reason)
-        gc.collect()
-        put_back()  # layers are initialised once more
-        return original(*args, **kwargs)
+            raise PlanAborted(str(session.aborted or repr(error))) from error
 
 
 def _load(

@@ -56,13 +56,13 @@ def _maybe_load_fsdp_model(
 ) -> Any:
     """Begin to read what the model is going to be made of while it is built on the meta device."""
     session = active_session()
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    call.apply_defaults()
-    device = None if session is None else _assigned_on(call.arguments)
-    if session is not None and device is not None:
-        files = call.arguments["weight_dir_list"]
-        _is_read(files)
-        session.begin(files, device, call.arguments["param_dtype"])
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    device = None if session is None else _assigned_on(call)
+    dtype = call.get("default_dtype") or call["param_dtype"]  # the former up to 0.5.8
+    if session is not None and device is not None and dtype is not None:
+        files = call["weight_dir_list"]
+        if session.begin(files, device, dtype):
+            _is_read(files)
     return wrapped(*args, **kwargs)
 
 
@@ -70,10 +70,10 @@ def _assigned_on(call: dict[str, Any]) -> torch.device | None:
     """The device on which tensors of the files become parameters as they are; None if they may not."""
     plan = call.get("weight_load_plan")
     device = torch.device(plan.checkpoint_load_device if plan is not None else call["device"])
-    goes_on = any(call.get(name) for name in _NOT_ASSIGNED)
-    is_elsewhere = _stay_mapped(device) or not call["weight_dir_list"] or not call["param_dtype"]
-    state = importlib.import_module(_DISTRIBUTED)
-    return None if goes_on or is_elsewhere or state.get_tp_world_size() > 1 else device
+    if any(call.get(name) for name in _NOT_ASSIGNED) or _stay_mapped(device):
+        return None
+    is_alone = importlib.import_module(_DISTRIBUTED).get_tp_world_size() == 1
+    return device if is_alone and call["weight_dir_list"] else None
 
 
 _NOT_ASSIGNED = (

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +46,11 @@ def _reload_weights(
     config = getattr(instance, "model_config", None) or instance.vllm_config.model_config
     load_config = getattr(instance, "load_config", None) or instance.vllm_config.load_config
     settings = with_engine_config(context_of("vllm").settings(), load_config)
-    report = report_of("vllm", model, str(call.get("weights_path") or config.model), "update")
+    path = str(call.get("weights_path") or config.model)
+    report = report_of("vllm", model, path, "update")
     refusal = refusal_of(load_config, settings)
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        refusal = refusal or _NO_FILES  # before any weight is replaced
     if config.quantization is not None:
         refusal = refusal or f"{config.quantization} was not tested with planned reloads"
     if refusal:
@@ -93,8 +97,11 @@ def _by_plan(
         _put_back(model)
         return wrapped(*args, **kwargs)
     if not report.tensors:
-        report.fall_back(settings.insist("it has no safetensors files"))
+        report.fall_back(settings.insist(_NO_FILES))
     return result
+
+
+_NO_FILES = "it has no safetensors files"
 
 
 def _leave(model: torch.nn.Module, report: LoadReport) -> None:

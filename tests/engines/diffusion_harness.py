@@ -10,6 +10,7 @@ trials          how often it is built, with readers that take their work in rand
 sequence        true for several ranks that share sequences, not tensors
 memory          true to watch memory meanwhile
 mapped          true for transformers that are taken to stay on the host beside a GPU
+hindered        true where nothing can be read before the engine asks for it
 updates, sleeps see ``diffusion_changes``
 """
 
@@ -184,6 +185,11 @@ class MemoryWatch:
         return int(line.split()[1]) << 10
 
 
+def cannot_tell(device: torch.device) -> int:
+    """In place of what says how much memory is free."""
+    raise RuntimeError(f"{device} does not say")
+
+
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load the pipeline of a case, and run it if asked to."""
     torch.manual_seed(0)
@@ -191,6 +197,10 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         from weightlift.patches.sglang_diffusion import weights
 
         weights._stay_mapped = lambda device: True
+    if case.get("hindered"):
+        from weightlift.loading import landing
+
+        landing.free_memory = cannot_tell
     if case.get("trials"):
         return tried(case, rank, port)
     with MemoryWatch() if case.get("memory") else contextlib.nullcontext() as watch:

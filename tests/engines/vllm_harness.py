@@ -96,7 +96,9 @@ def load(case: dict[str, Any], config: Any, rank: int, port: int) -> dict[str, A
             fail_to_reload(config, model, case["damaged"])
         if case.get("asks_for_addresses"):
             ask_for_addresses(model)
-        if case.get("reload"):
+        if case.get("is_refused"):
+            fail_to_reload(config, model, case["reload"], "cannot be had here")
+        elif case.get("reload"):
             after, kind, where = case.get("fault", (0, "", -1))
             try:
                 with failing_reads(after, kind if rank == where else ""):
@@ -129,14 +131,14 @@ def reload_weights(config: Any, model: torch.nn.Module, path: str) -> None:
     GPUModelRunner.reload_weights(runner, weights_path=path)
 
 
-def fail_to_reload(config: Any, model: torch.nn.Module, path: str) -> None:
-    """A reload of a damaged checkpoint, which is an error."""
+def fail_to_reload(config: Any, model: torch.nn.Module, path: str, why: str = "truncated") -> None:
+    """A reload of a checkpoint that cannot be, for a damaged file or another reason."""
     try:
         reload_weights(config, model, path)
     except Exception as error:
-        assert "truncated" in str(error), error
+        assert why in str(error), error
     else:
-        raise AssertionError("a damaged checkpoint was loaded")
+        raise AssertionError(f"{path} was loaded")
 
 
 @contextlib.contextmanager
