@@ -88,8 +88,10 @@ class Copies:
             with torch._C.DisableTorchFunction():
                 target.copy_(torch.empty(shape, dtype=dtype, device=target.device))
             return
+        if self._is_loaders() and self.landing.is_in_place(target, lazy):
+            self._count_landed(lazy)
+            return
         entry = lazy.source.entry
-        is_in_place = self._is_loaders() and self.landing.is_in_place(target, lazy)
         is_cast_twice = lazy.cast_to not in (None, target.dtype)
         is_joined = isinstance(lazy.source, JoinedSource)
         if is_joined and not is_cast_twice and self._copy_parts(target, lazy):
@@ -113,10 +115,7 @@ class Copies:
                 self.ledger.strangers |= not self._is_loaders()
             is_small = len(shape) < 2 and not self._must_wait()
             self.report.planned += not is_small
-            self.report.landed += is_in_place
             self.report.bytes_needed += 0 if is_small else transfer.nbytes
-        if is_in_place:
-            return
         if is_small:
             self._copy_now(target, lazy)
             return
@@ -143,15 +142,18 @@ class Copies:
         """A real tensor in place of a lazy one, where and of the dtype that it says; filled later."""
         landed = self.landing.take(lazy) if self._is_loaders() else None
         if landed is not None:
-            with self._lock:
-                self.report.planned += 1
-                self.report.landed += 1
-                self.report.bytes_needed += lazy.source.entry.nbytes
+            self._count_landed(lazy)
             return landed
         with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
             target = as_reported(lazy, lazy.reported_device)
             self.copy(target, lazy)
         return target
+
+    def _count_landed(self, lazy: LazyTensor) -> None:
+        with self._lock:
+            self.report.planned += 1
+            self.report.landed += 1
+            self.report.bytes_needed += lazy.source.entry.nbytes
 
     def moved(self, lazy: LazyTensor) -> None:
         """A loader moves a lazy tensor."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from weightlift.loading.session import NamedWeights, active_session
 from weightlift.patches import SGLANG_DIFFUSION
 from weightlift.patches.planned import ITERATOR_NOTES
 from weightlift.patches.sglang_diffusion.pipelines import current_load
+from weightlift.patches.shadow import shadowed
 
 _LOADER = "sglang.multimodal_gen.runtime.loader"
 _DISTRIBUTED = "sglang.multimodal_gen.runtime.distributed"
@@ -105,9 +107,27 @@ def _load_full_state_dict(
         raise session.abort(PlanAborted("its weights stay on the host, mapped"))
     if is_sharded(call["model"]):
         raise session.abort(PlanAborted(SHARDED))
-    result = wrapped(*args, **kwargs)
-    session.adopt(call["model"])
+    model = call["model"]
+    with shadowed(model, "load_state_dict", _unwatched) if _only_assigns(model) else nullcontext():
+        result = wrapped(*args, **kwargs)
+    session.adopt(model)
     return result
+
+
+def _unwatched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Of what looks at no data the guard need not be told, a dozen times for each tensor."""
+    with torch._C.DisableTorchFunction():
+        return function(*args, **kwargs)
+
+
+def _only_assigns(model: torch.nn.Module) -> bool:
+    """Whether all that ``load_state_dict`` does with the parameters that it is given is to take them."""
+    return all(
+        type(module)._load_from_state_dict is torch.nn.Module._load_from_state_dict
+        and not module._load_state_dict_pre_hooks
+        and not module._load_state_dict_post_hooks
+        for module in model.modules()
+    )
 
 
 SHARDED = "FSDP shards its parameters"
@@ -130,7 +150,7 @@ def _make_param_like(
     parameter, tensor = args
     if isinstance(tensor, LazyTensor):
         tensor = tensor.source.recorder.land(tensor)
-    return wrapped(parameter, tensor)
+    return _unwatched(wrapped, parameter, tensor)
 
 
 def _load_file(
