@@ -33,8 +33,10 @@ SEGMENT_BYTES = 256 * MIB
 is given back whole, and some engines move most of a model to the host and leave the rest where it is."""
 
 _LARGE_BYTES = 1 * MIB
+"""Torch cuts blocks for larger tensors from a segment, and has small ones elsewhere."""
+
 _BLOCK_BYTES = 512
-"""Torch cuts blocks of multiples of this for tensors of more than that from a segment."""
+"""What blocks are multiples of."""
 
 Sized = tuple[TensorEntry, int]
 """A tensor, and what it takes."""
@@ -190,17 +192,15 @@ def together(sized: Iterable[Sized], most: int) -> Iterator[list[Sized]]:
 
 def make_room(sizes: Iterable[int], device: torch.device) -> None:
     """Have torch's allocator hold a segment that it can cut tensors of so many bytes from."""
-    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get(
-        "PYTORCH_ALLOC_CONF", ""
-    )
-    if device.type != "cuda" or "max_split_size" in settings or "backend" in settings:
-        return  # where a large block is not cut, it would be held in vain
-    sizes = [size for size in sizes if size > _LARGE_BYTES]
-    torch.empty(
-        sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes),
-        dtype=torch.uint8,
-        device=device,
-    )
+    given = [os.environ.get(name, "") for name in _ALLOCATOR_SETTINGS]
+    is_uncut = any("max_split_size" in text or "backend" in text for text in given)
+    if device.type != "cuda" or is_uncut:  # a segment would be held in vain
+        return
+    blocks = [-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes if size > _LARGE_BYTES]
+    torch.empty(sum(blocks), dtype=torch.uint8, device=device)
+
+
+_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def _fits(

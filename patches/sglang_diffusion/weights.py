@@ -58,13 +58,13 @@ def _maybe_load_fsdp_model(
 ) -> Any:
     """Begin to read what the model is going to be made of while it is built on the meta device."""
     session = active_session()
+    if session is None:
+        return wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    device = None if session is None else _assigned_on(call)
+    device, files = _assigned_on(call), call["weight_dir_list"]
     dtype = call.get("default_dtype") or call["param_dtype"]  # the former up to 0.5.8
-    if session is not None and device is not None and dtype is not None:
-        files = call["weight_dir_list"]
-        if session.begin(files, device, dtype):
-            _is_read(files)
+    if device is not None and dtype is not None and session.begin(files, device, dtype):
+        _is_read(files)
     return wrapped(*args, **kwargs)
 
 
