@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
 from weightlift.loading.buffers import Buffer, memory_at, memory_of
@@ -74,27 +72,6 @@ def place(window: Window, data: torch.Tensor) -> None:
     """Copy a window's pieces, cast and scattered, from its bytes: on the host, or on their device."""
     for piece in window.pieces:
         piece.target.copy_(source_view(data, window, piece), non_blocking=True)
-
-
-@dataclass
-class Copies:
-    """Copies from host memory, by address and in bytes.
-
-    Attributes:
-        targets: Where to.
-        sources: Where from.
-        sizes: How many bytes.
-    """
-
-    targets: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-
-    def add(self, target: int, source: int, size: int) -> None:
-        """One more."""
-        self.targets.append(target)
-        self.sources.append(source)
-        self.sizes.append(size)
 
 
 def window_bytes(device: torch.device) -> int:

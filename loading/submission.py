@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from weightlift.loading.crew import Crew
-from weightlift.loading.placement import Copies, place
+from weightlift.loading.placement import place
 from weightlift.loading.plan import Window
 from weightlift.loading.stage import active_stage
 from weightlift.loading.transfer import Run
-from weightlift.loading.writers import Writer
+from weightlift.loading.writers import CopyList, Writer
 
 
 class Asked(NamedTuple):
@@ -86,7 +86,7 @@ class Submission:
 
     def _copy(self, window: Window, address: int) -> bool:
         """Copy a window's bytes from this address, if all of its pieces are runs."""
-        copies, base = Copies(), address - window.start
+        copies, base = CopyList(), address - window.start
         for piece in window.pieces:
             if not isinstance(piece, Run):
                 return False

@@ -9,13 +9,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from weightlift.loading.batch import batch_copy
 from weightlift.loading.crew import Crew
-from weightlift.loading.placement import Copies
 from weightlift.loading.stream_words import StreamWords, stream_words
 from weightlift.loading.worker import LINE
 
@@ -29,6 +29,27 @@ STREAMS = 2
 _NAP = 5e-5
 
 
+@dataclass
+class CopyList:
+    """Copies from host memory, by address and in bytes.
+
+    Attributes:
+        targets: Where to.
+        sources: Where from.
+        sizes: How many bytes.
+    """
+
+    targets: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def add(self, target: int, source: int, size: int) -> None:
+        """One more."""
+        self.targets.append(target)
+        self.sources.append(source)
+        self.sizes.append(size)
+
+
 class Writer(Protocol):
     """Brings windows to one device, in order, for one thread."""
 
@@ -38,7 +59,7 @@ class Writer(Protocol):
     def await_read(self, window: int, parts: int) -> None:
         """What is written from now on comes after the crew has read these parts of a window."""
 
-    def write(self, copies: Copies) -> None:
+    def write(self, copies: CopyList) -> None:
         """Make these copies."""
 
     def run(self, work: Callable[[], object]) -> None:
@@ -87,7 +108,7 @@ class CudaWriter:
         line = self._read + window % self._slots * LINE * 4
         self._words.wait(self._handles[self._turn], line, parts, window)
 
-    def write(self, copies: Copies) -> None:
+    def write(self, copies: CopyList) -> None:
         """Start these copies."""
         if len(copies.sizes) == 1:
             where = copies.targets[0], copies.sources[0], copies.sizes[0]
@@ -153,7 +174,7 @@ class ThreadWriter:
 
         self._work.put(look)
 
-    def write(self, copies: Copies) -> None:
+    def write(self, copies: CopyList) -> None:
         """Make these copies, on the host one by one."""
 
         def copy() -> None:
