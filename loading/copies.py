@@ -72,7 +72,7 @@ class Copies:
             return self.landing.begin(checkpoint, device, dtype)
         except CheckpointError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever hinders it, the engine's own load may still be had
             raise self.abort(PlanAborted(f"reading could not begin: {error!r}")) from error
 
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:

@@ -122,7 +122,8 @@ class Landing:
         memory = source.landed
         if memory is None or source.realised is not None or not _is_whole(lazy):
             return None
-        if lazy.reported_device != memory.device or _dtype(lazy) != memory.dtype:
+        dtype = lazy.cast_to or source.entry.dtype
+        if (lazy.reported_device, dtype) != (memory.device, memory.dtype):
             return None
         source.landed = None
         return memory.detach()
@@ -210,7 +211,7 @@ def _fits(
         return (
             type(tensor) in (torch.Tensor, torch.nn.Parameter)
             and memory.is_inference() == torch.is_inference_mode_enabled()
-            and memory.device == _complete(device)
+            and memory.device == _with_index(device)
             and memory.dtype == (dtype or tensor.dtype)
             and memory.shape == tensor.shape
             and tensor.is_contiguous()
@@ -223,18 +224,14 @@ def _is_whole(lazy: LazyTensor) -> bool:
     return geometry(lazy) == (shape, row_major(shape), 0, entry.dtype)
 
 
-def _dtype(lazy: LazyTensor) -> torch.dtype:
-    return lazy.cast_to or lazy.source.entry.dtype
-
-
 def _is_within(tensor: torch.Tensor, memory: torch.Tensor) -> bool:
     if tensor.layout is not torch.strided:
         return True
     return tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
 
 
-def _complete(device: Any) -> torch.device:
-    """With the number that tensors on it have."""
+def _with_index(device: Any) -> torch.device:
+    """As tensors on it say it: ``cuda`` is the current one."""
     named: torch.device = torch.device(device)
     if named.type == "cuda" and named.index is None:
         return torch.device("cuda", torch.cuda.current_device())

@@ -1,8 +1,7 @@
 """What torch functions do with lazy tensors.
 
 Views stay lazy, and so does what is only to be moved or cast. A copy into a real tensor is handed to
-the recorder as a transfer. Anything else that needs data reads this one tensor and runs on it, as the
-stock engine would have done.
+the recorder. Anything else that needs data reads this one tensor and runs on it, as in stock.
 """
 
 from __future__ import annotations
@@ -123,8 +122,8 @@ def _move(func: Function, args: Args, kwargs: Kwargs) -> Any:
     asked = _asked(func, others, kwargs, lazy.reported_device, dtype)
     if asked is None or (asked[1] != dtype and lazy.cast_to is not None):
         return _read_and_run(func, args, kwargs)
+    lazy.source.recorder.moved(lazy)
     if asked == (lazy.reported_device, dtype):
-        lazy.source.recorder.moved(lazy)
         return lazy
     with natively():
         cast_to = None if asked[1] == stored else asked[1]
@@ -132,7 +131,6 @@ def _move(func: Function, args: Args, kwargs: Kwargs) -> Any:
     if cast_to is not None and as_reported(moved, _META).stride() != geometry(lazy)[1]:
         return _read_and_run(func, args, kwargs)  # a cast has no holes
     lazy.source.is_moved = True
-    lazy.source.recorder.moved(moved)
     return moved
 
 

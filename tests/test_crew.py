@@ -243,7 +243,7 @@ def test_a_file_that_a_reader_never_needed_is_closed_too(tmp_path: Path) -> None
     os.write(numbers, worker.NUMBER.pack(worker.CLOSE))
     thread = threading.Thread(target=reader.serve)
     thread.start()
-    while len(reader.found) < 2:
+    while len(reader.found) < 2 and thread.is_alive():
         time.sleep(0.001)
     ours.send(worker.FILE.pack(0))
     os.close(numbers)

@@ -61,25 +61,7 @@ def cases_of(folder: Path, version: str) -> list[dict[str, Any]]:
                     {**case, "name": f"{kind} {size} reloaded"},
                 ]
     if can_reload(version):
-        dense = {"model": models["qwen3"], "damaged": str(broken)}
-        asking = {"reload": second["qwen3"], "asks_for_addresses": True}
-        cases += [
-            {**dense, "name": "damaged reload"},
-            {**dense, **asking, "name": "next reload"},
-            {**dense, **asking, "name": "asked reload", "env": ASKED},
-        ]
-        sound = {"model": models["qwen3"], "reload": second["qwen3"]}
-        cases += [
-            {**sound, "name": "half way", "fault": (2, "damage", 0)},
-            {**sound, "name": "a bug half way", "fault": (2, "bug", 0)},
-            {**sound, "name": "one of two ranks", "tp": 2, "fault": (0, "damage", 1)},
-        ]
-        pickled = {"model": models["qwen3"], "reload": str(pickled_copy(second["qwen3"]))}
-        cases += [
-            {**pickled, "name": "pickled, reloaded"},
-            {**pickled, "name": "pickled, asked", "env": ASKED},
-            {**pickled, "name": "pickled, refused", "env": ASKED, "is_refused": True},
-        ]
+        cases += reloads_of(models["qwen3"], second["qwen3"], str(broken))
     for kind in fp8_of(version):
         model = str(make_checkpoint(folder / f"{kind} fp8", kind, 1, head=32, block_fp8=True))
         for size in (1, 2):
@@ -99,6 +81,25 @@ def cases_of(folder: Path, version: str) -> list[dict[str, Any]]:
         {**dense, "name": "off", "env": {"WEIGHTLIFT_MULTITHREAD_LOAD": "0"}},
         {**dense, "name": "eager", "options": eager, "env": ASKED},
         {"model": str(broken), "name": "broken", "env": ASKED},
+    ]
+
+
+def reloads_of(model: str, second: str, broken: str) -> list[dict[str, Any]]:
+    """Reloads of a dense model that do not go well, or have to be the engine's."""
+    dense = {"model": model, "damaged": broken}
+    asking = {"reload": second, "asks_for_addresses": True}
+    sound = {"model": model, "reload": second}
+    pickled = {"model": model, "reload": str(pickled_copy(second))}
+    return [
+        {**dense, "name": "damaged reload"},
+        {**dense, **asking, "name": "next reload"},
+        {**dense, **asking, "name": "asked reload", "env": ASKED},
+        {**sound, "name": "half way", "fault": (2, "damage", 0)},
+        {**sound, "name": "a bug half way", "fault": (2, "bug", 0)},
+        {**sound, "name": "one of two ranks", "tp": 2, "fault": (0, "damage", 1)},
+        {**pickled, "name": "pickled, reloaded"},
+        {**pickled, "name": "pickled, asked", "env": ASKED},
+        {**pickled, "name": "pickled, refused", "env": ASKED, "is_refused": True},
     ]
 
 
