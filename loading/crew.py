@@ -81,6 +81,8 @@ class Crew:
         if self.in_processes:
             try:
                 self.readers.start_processes()
+                self._get_memory_ready()  # while they start
+                self.readers.await_ready()
             except (OSError, ValueError, PlanAborted) as error:
                 self.stop()
                 self.in_processes = False
@@ -91,10 +93,13 @@ class Crew:
                 )
         if not self.is_started:
             self.readers.start_threads()
-        self.words.reset()  # the readers have touched the memory
+            self._get_memory_ready()
+            self.readers.await_ready()
+        self.words.reset()
         self._next = self.spec.slots
-        if self.spec.pinned:
-            self.ring.pin()
+
+    def _get_memory_ready(self) -> None:
+        self.ring.get_ready(self.spec.readers, pinned=self.spec.pinned)
 
     def ask(self, way: Way, plain: Way, start: int, stop: int) -> tuple[int, int, int]:
         """Have a window read as soon as its slot is free; the words tell when it is.

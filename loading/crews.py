@@ -47,6 +47,11 @@ class Crews:
                 raise
             return crew
 
+    def has(self, spec: CrewSpec) -> bool:
+        """Whether a crew like that waits for work, so that to take it costs a millisecond."""
+        kept = self._kept
+        return kept is not None and kept.spec == spec and kept.is_started
+
     def give(self, crew: Crew, *, is_sound: bool = True) -> None:
         """Give a crew back. It is kept if it is sound and the only one; threads end.
 

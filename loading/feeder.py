@@ -17,7 +17,8 @@ from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.submission import Asked, Submission, copies_alone
 from weightlift.loading.worker import LINE, NEVER
-from weightlift.loading.writers import Writer, make_writer
+from weightlift.loading.writer import Writer
+from weightlift.loading.writers import make_writer
 
 _NAP, _SHORT_NAP = 2e-3, 5e-4
 """Of the feeder, beside an engine that plans, and while one waits. The crew has work for longer."""
@@ -51,19 +52,23 @@ class CrewReaders(ReaderPool):
         self._crew: Crew
         self._writer: Writer
         self._submission: Submission
-        self.start(1, "feeder")
+        if (
+            crews.has(spec) and self._is_on_device()
+        ):  # the feeder might wait 5 ms for the interpreter
+            self._is_ready = self._get_ready()
+        try:
+            self.start(1, "feeder")
+        except BaseException:
+            if self._is_ready:
+                self._leave()
+            raise
 
     def hand_on(self, window: Window) -> None:
-        """Ask for it at once if the crew takes more; if not, the feeder will.
-
-        The device's functions work on the calling thread's current device.
-        """
+        """Ask for it at once if the crew takes more; if not, the feeder will."""
         self._offered.append(window)
         if not self._needed.is_set():
             self._needed.set()
-        if self._device.type == "cuda" and torch._C._cuda_getDevice() != self._index:
-            return
-        if self._is_ready and self._turn.acquire(blocking=False):
+        if self._is_ready and self._is_on_device() and self._turn.acquire(blocking=False):
             try:
                 self._hand_out()
             finally:
@@ -100,20 +105,27 @@ class CrewReaders(ReaderPool):
             self._is_ready = False
             self._drop_offered()
 
+    def _is_on_device(self) -> bool:
+        """Whether the device's functions, called on this thread, work on the device."""
+        return self._device.type != "cuda" or torch._C._cuda_getDevice() == self._index
+
     def _get_ready(self) -> bool:
+        """Take a crew, if that is not done; whether that went well. On the feeder's thread in any case."""
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
+            if self._is_ready:
+                return True
             self._crew = crews.take(self._spec)
             try:
                 self._writer = make_writer(self._device, self._crew, self._give_up)
-                self._submission = Submission(self._device, self._crew, self._writer)
+                self._submission = Submission(self._crew, self._writer)
             except BaseException:
                 crews.give(self._crew)
                 raise
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self.fail(error)
-            return False
+            return self._is_ready
         return True
 
     def _give_up(self, error: BaseException) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -73,21 +73,30 @@ class ReaderGroup:
         return bool(self._own)
 
     def start_processes(self) -> None:
-        """Have processes ready.
+        """Start processes; :meth:`await_ready` has to follow.
 
         Raises:
             OSError: There is no Python to run them, or no memory to share.
-            PlanAborted: They died, or were not ready in time.
         """
-        self._start(self._fork)
+        self._open_pipes()
+        self._fork()
 
     def start_threads(self) -> None:
-        """Have threads ready.
+        """Start threads; :meth:`await_ready` has to follow.
 
         Raises:
             OSError: There are too many threads, or open files.
         """
-        self._start(self._thread)
+        self._open_pipes()
+        self._thread()
+
+    def await_ready(self) -> None:
+        """Return once all are there.
+
+        Raises:
+            PlanAborted: They died, or were not ready in time.
+        """
+        self.await_answers(READY, START_SECONDS)
 
     def send(self, numbers: bytes) -> None:
         """Give numbers of jobs, each to whichever reader is free.
@@ -170,14 +179,12 @@ class ReaderGroup:
         _close(self._jobs)
         self._own, self._jobs = [], -1
 
-    def _start(self, have_readers: Callable[[], None]) -> None:
+    def _open_pipes(self) -> None:
         self._answers, self._done = os.pipe()
         self._listened, self._jobs = os.pipe()
         self._poller = select.poll()
         self._poller.register(self._answers, select.POLLIN)
         self._poller.register(self._jobs, 0)  # tells of its end alone
-        have_readers()
-        self.await_answers(READY, START_SECONDS)
 
     def _open_socket(self) -> socket.socket:
         """Our end of a new socket, watched; the other is theirs."""
@@ -209,7 +216,6 @@ class ReaderGroup:
         self._theirs, self._done, self._listened = [], -1, -1
 
     def _thread(self) -> None:
-        worker.touch(self._ring.view)
         for number in range(self._spec.readers):
             memory, slots = self._ring.view, self._spec.slots
             reader = Reader(number, self._listened, None, self._done, memory, slots)

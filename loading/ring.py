@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import torch
@@ -43,11 +44,18 @@ class SharedRing:
         self.view = memoryview(mapped)
         with torch.inference_mode(mode=False):
             self.memory = torch.frombuffer(mapped, dtype=torch.uint8)
-        self.is_pinned = False
+        self.is_pinned = self._is_touched = False
 
-    def pin(self) -> None:
-        """Page-lock it, if that can be and is not done."""
-        self.is_pinned = self.is_pinned or register(self.memory)
+    def get_ready(self, threads: int, *, pinned: bool) -> None:
+        """Have the kernel find all pages, by so many threads, and page-lock them if that can be."""
+        if not self._is_touched:
+            share = -(-self.memory.numel() // threads)
+            with ThreadPoolExecutor(threads, "weightlift-touch") as pool:
+                for part in self.memory.split(share):
+                    pool.submit(ctypes.memset, part.data_ptr(), 0, part.numel())
+            self._is_touched = True
+        if pinned and not self.is_pinned:
+            self.is_pinned = register(self.memory)
 
     def release(self) -> int:
         """Free it; returns its bytes."""

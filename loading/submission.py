@@ -12,7 +12,7 @@ from weightlift.loading.placement import place
 from weightlift.loading.plan import Window
 from weightlift.loading.stage import active_stage
 from weightlift.loading.transfer import Run
-from weightlift.loading.writers import CopyList, Writer
+from weightlift.loading.writer import CopyList, Writer
 
 
 class Asked(NamedTuple):
@@ -40,13 +40,11 @@ class Submission:
     """Tells crew and writer what to do for each window; never waits for either.
 
     Args:
-        device: Where the windows go.
         crew: Reads them.
         writer: Brings them there.
     """
 
-    def __init__(self, device: torch.device, crew: Crew, writer: Writer) -> None:
-        self._device = device
+    def __init__(self, crew: Crew, writer: Writer) -> None:
         self._crew = crew
         self._writer = writer
         self._memory = crew.ring.memory.data_ptr()
@@ -96,12 +94,7 @@ class Submission:
 
     def _place(self, window: Window, data: torch.Tensor) -> None:
         """Cast and scatter a window's bytes on the device that they are for."""
-
-        @torch.inference_mode()
-        def work() -> None:
-            place(window, data.to(self._device, non_blocking=True))
-
-        self._writer.run(work)
+        self._writer.run(lambda: place(window, self._writer.fetch(data)))
 
     def _tell(self, window: Window) -> None:
         """Let who waits for a window know when it is, or will be, in place."""

@@ -14,7 +14,6 @@ the device itself, mostly. Nobody is told, so that no reader and no copy waits f
 
 from __future__ import annotations
 
-import array
 import mmap
 import os
 import select
@@ -33,6 +32,7 @@ JOBS = 512
 """Places in the table: more than there are jobs that wait or are done."""
 
 NUMBER = struct.Struct("=I")
+DESCRIPTOR = struct.Struct("=i")
 CLOSE = 0xFFFFFFFF
 """In place of the number of a job: close every file."""
 
@@ -190,7 +190,7 @@ class Reader:
         if file and not along:
             raise OSError("the kernel gave no descriptor: there are too many")
         for _, _, data in along:
-            self.files[file] = array.array("i", data[:4])[0]
+            self.files[file] = DESCRIPTOR.unpack_from(data)[0]
         return file
 
     def _close_all(self) -> None:
@@ -226,12 +226,6 @@ def read(file: int, offset: int, room: memoryview, most: int) -> int:
     return got
 
 
-def touch(memory: memoryview) -> None:
-    """Have the kernel find the pages of some memory, which is quicker by many at once."""
-    for position in range(0, len(memory), mmap.PAGESIZE):
-        memory[position] = 0
-
-
 def map_pages(memory: memoryview) -> None:
     """Have the kernel map all pages of some memory into this process.
 
@@ -249,8 +243,6 @@ def _fork(
 ) -> None:
     if os.fork():
         return
-    share = -(-len(memory) // len(own))
-    touch(memory[number * share : (number + 1) * share])
     for other, descriptor in enumerate(own):
         if other != number:
             os.close(descriptor)  # or its reader would not see the other side go

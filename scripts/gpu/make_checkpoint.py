@@ -1,6 +1,6 @@
 """Random checkpoints of real shapes, in bfloat16 and shards of up to 4 GB.
 
-make_checkpoint.py FOLDER [KIND] [SEED]
+The kinds are:
 
     qwen3-8b        16.4 GB, 399 tensors
     qwen3-30b-a3b   61 GB, 18,867 tensors
@@ -11,8 +11,8 @@ make_checkpoint.py FOLDER [KIND] [SEED]
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -137,9 +137,17 @@ def write(
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
-def main(folder: Path, kind: str = "qwen3-8b", seed: str = "0") -> None:
+def main() -> None:
     """Write config, shards and index."""
-    torch.manual_seed(int(seed))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kind", nargs="?", choices=[*SHAPES, "small-tensors"], default="qwen3-8b")
+    parser.add_argument("seed", nargs="?", type=int, default=0)
+    given = parser.parse_args()
+    folder, kind = given.folder, given.kind
+    torch.manual_seed(given.seed)
     started = time.perf_counter()
     config = {**COMMON, **SHAPES.get(kind, {})}
     dtype = getattr(torch, config["torch_dtype"])
@@ -151,4 +159,4 @@ def main(folder: Path, kind: str = "qwen3-8b", seed: str = "0") -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main()

@@ -1,14 +1,18 @@
 """vLLM-Omni's own loader on this GPU, stock and with weightlift: transformers of two real shapes.
 
-omni_loads.py FOLDER OUT [warm]    checkpoints go to FOLDER, the table and the numbers to OUT
+omni_loads.py FOLDER OUT [--warm] [--ways WAY ...]
+
+    FOLDER      gets the checkpoints
+    OUT         gets the numbers
+    --warm      no cold loads
+    --ways      some of the ways, such as "stock, 4 threads" "weightlift, 12 readers"
 
 qwen-image    its transformer, 41 GB of bfloat16
 wan           two transformers of Wan2.2's width and a quarter of its 40 layers, 29 GB of float32 in
               the files and bfloat16 on the device
 
 ``DiffusersPipelineLoader.load_weights`` into parameters that are there, in a process of its own for
-each way, three times; the page cache is warm, but for a last call of two of the ways, which ``warm``
-leaves out. Needs vLLM-Omni and vLLM in this Python's path (``scripts/gpu/bundle-omni``), without their
+each way, three times; the page cache is warm, but for a last call of two of the ways. Needs vLLM-Omni and vLLM in this Python's path (``scripts/gpu/bundle-omni``), without their
 compiled kernels.
 """
 
@@ -16,6 +20,7 @@ compiled kernels.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -97,7 +102,7 @@ def load(part: str, folder: Path, way: str, *, is_warm: bool) -> dict[str, Any]:
     from vllm_omni.diffusion.forward_context import set_forward_context
     from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 
-    case = {"model": str(folder), "fields": WAYS[way].get("fields", {})}
+    case = {"kind": part, "model": str(folder), "fields": WAYS[way].get("fields", {})}
     config = omni.configuration(case)
     vllm_config = VllmConfig(
         compilation_config=CompilationConfig(), device_config=DeviceConfig(device="cpu")
@@ -161,7 +166,7 @@ def timed(load: Any) -> float:
     return time.perf_counter() - started
 
 
-def run(part: str, folder: Path, way: str, *more: str) -> dict[str, Any]:
+def run(part: str, folder: Path, way: str, *, is_warm: bool) -> dict[str, Any]:
     """One way in a process of its own."""
     environ = {**os.environ, "VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}
     readers = WAYS[way].get("readers")
@@ -169,7 +174,7 @@ def run(part: str, folder: Path, way: str, *more: str) -> dict[str, Any]:
     if readers:
         environ["WEIGHTLIFT_NUM_LOAD_THREADS"] = readers
         environ["WEIGHTLIFT_MULTITHREAD_LOAD"] = "1"
-    command = [sys.executable, __file__, "--one", part, str(folder), way, *more]
+    command = [sys.executable, __file__, "--one", part, str(folder), way, *["--warm"] * is_warm]
     ran = subprocess.run(command, env=environ, capture_output=True, text=True)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
@@ -178,8 +183,15 @@ def run(part: str, folder: Path, way: str, *more: str) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path, out: Path, *more: str) -> None:
+def main() -> None:
     """Make, load, compare, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--warm", action="store_true", help="no cold loads")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    given = parser.parse_args()
+    folder, out = given.folder, given.out
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for part in PARTS:
@@ -190,8 +202,8 @@ def main(folder: Path, out: Path, *more: str) -> None:
         print(
             f"{part}: {stored / 1e9:.1f} GB in files, ceiling {ceiling / 1e9:.1f} GB/s", flush=True
         )
-        for way in WAYS:
-            found = run(part, place, way, *more)
+        for way in given.ways:
+            found = run(part, place, way, is_warm=given.warm)
             rows.append({"part": part, "way": way, "stored": stored, "ceiling": ceiling, **found})
             first, cold = found["seconds"][0], found["seconds"][CALLS:]
             then = statistics.median(found["seconds"][1:CALLS])
@@ -211,7 +223,7 @@ def main(folder: Path, out: Path, *more: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--one":
-        told = load(sys.argv[2], Path(sys.argv[3]), sys.argv[4], is_warm="warm" in sys.argv[5:])
+        told = load(sys.argv[2], Path(sys.argv[3]), sys.argv[4], is_warm="--warm" in sys.argv[5:])
         print(f"RESULT {json.dumps(told)}", flush=True)
         os._exit(0)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    main()
