@@ -10,7 +10,9 @@ from typing import Final
 
 import torch
 
+from weightlift.loading.residency import PAGE
 from weightlift.loading.staging import register, unregister
+from weightlift.loading.worker import POPULATE_WRITE
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _CLOSE_ON_EXEC = 1  # MFD_CLOEXEC
@@ -49,10 +51,10 @@ class SharedRing:
     def get_ready(self, threads: int, *, pinned: bool) -> None:
         """Have the kernel find all pages, by so many threads, and page-lock them if that can be."""
         if not self._is_touched:
-            share = -(-self.memory.numel() // threads)
+            share = -(-self.memory.numel() // (threads * PAGE)) * PAGE
             with ThreadPoolExecutor(threads, "weightlift-touch") as pool:
                 for part in self.memory.split(share):
-                    pool.submit(ctypes.memset, part.data_ptr(), 0, part.numel())
+                    pool.submit(_touch, part.data_ptr(), part.numel())
             self._is_touched = True
         if pinned and not self.is_pinned:
             self.is_pinned = register(self.memory)
@@ -75,6 +77,12 @@ class SharedRing:
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1
+
+
+def _touch(address: int, nbytes: int) -> None:
+    """Have the kernel find the pages from this one on, while other threads go on."""
+    if _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), POPULATE_WRITE):
+        ctypes.memset(address, 0, nbytes)  # Linux before 5.14, and a third slower
 
 
 def _memory_file() -> int:

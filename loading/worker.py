@@ -53,7 +53,7 @@ NEVER = 0x7FFFFFFF
 """In place of all numbers, once something failed: nobody is to wait any more."""
 
 _ONE_DESCRIPTOR = 32  # CMSG_SPACE of one, with room to spare
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 _NAPS, _NAP, _LONG_NAP_MS = 1000, 2e-5, 1
 
 
@@ -233,7 +233,7 @@ def map_pages(memory: memoryview) -> None:
     took 22.
     """
     try:
-        memory.obj.madvise(_POPULATE_WRITE)  # type: ignore[attr-defined]
+        memory.obj.madvise(POPULATE_WRITE)  # type: ignore[attr-defined]
     except OSError:  # Linux before 5.14: at the first read, then
         pass
 

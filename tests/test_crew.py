@@ -27,7 +27,15 @@ from hypothesis import strategies as st
 
 from weightlift.loading import crew as crew_module
 from weightlift.loading import crews as crews_module
-from weightlift.loading import feeder, placement, reader_group, ring, worker, writers
+from weightlift.loading import (
+    feeder,
+    placement,
+    reader_group,
+    readers,
+    ring,
+    worker,
+    writers,
+)
 from weightlift.loading.crew import Crew, parts_of
 from weightlift.loading.crew_spec import CrewSpec, Way
 from weightlift.loading.crews import Crews, crews
@@ -334,6 +342,51 @@ def test_who_offers_windows_hands_them_out_and_the_feeder_what_is_left(
     fill(path, weights)
     assert begun.total() >= 2 * len(weights)
     assert begun.keys() == {"MainThread", "weightlift-feeder-0"}
+
+
+def test_a_crew_that_is_kept_is_taken_by_who_opens_readers(save: Any, own: Crews) -> None:
+    weights = {"w": torch.randn(100, 100)}
+    (path,) = save(weights)
+    settings = Settings(num_load_threads=READERS, readers="processes")
+    fill(path, weights)
+    kept = own._kept
+    assert kept is not None
+    pool = readers.open_readers(torch.device("cpu"), settings)
+    assert isinstance(pool, feeder.CrewReaders)
+    assert pool._is_ready and pool._crew is kept, "nobody waited for the feeder"
+    pool.close()
+    assert own._kept is kept
+
+
+def test_a_crew_that_was_taken_is_given_back_where_no_thread_can_be_started(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"w": torch.randn(100, 100)}
+    (path,) = save(weights)
+    fill(path, weights)
+    kept = own._kept
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feeder.CrewReaders, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            fill(path, weights)
+    assert own._kept is kept and not own._out
+    fill(path, weights)
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["madvise", "memset"])
+def test_all_pages_of_the_memory_are_there_before_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    memory = ring.SharedRing(3 * mmap.PAGESIZE)
+    if is_old:
+        monkeypatch.setattr(ring, "POPULATE_WRITE", -1)
+    memory.get_ready(2, pinned=False)
+    assert os.fstat(memory.descriptor).st_blocks * 512 == 3 * mmap.PAGESIZE
+    memory.release()
 
 
 def test_a_device_that_fails_does_not_hang_the_load(
