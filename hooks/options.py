@@ -105,6 +105,16 @@ OPTIONS: tuple[Option, ...] = (
         metavar="GIB",
     ),
     Option(
+        name="shared_gib",
+        parse=lambda text: whole(text, 0, MOST_STAGE_GIB),
+        env="WEIGHTLIFT_SHARED_GIB",
+        help="GiB of files in shared memory (/dev/shm) that each rank may keep page-locked from one load "
+        "to the next, for trainers that write each checkpoint over the last one: GPUs then copy from "
+        "there, and nothing is read. Default: 0, none.",
+        flags={"sglang": ("--weight-shared-gib",)},
+        metavar="GIB",
+    ),
+    Option(
         name="stage_watch",
         parse=file,
         env="WEIGHTLIFT_STAGE_WATCH",

@@ -22,6 +22,16 @@ class Staged(Protocol):
         ...
 
 
+class Locked(Protocol):
+    """A file in memory whose pages a device may copy from, and the host must not touch."""
+
+    def view(self, start: int, stop: int) -> torch.Tensor | None:
+        """The bytes from ``start`` to ``stop``, if they are page-locked in one piece."""
+
+    def check(self) -> None:
+        """See that the pages are still the file's; raises ``CheckpointError`` if they are not."""
+
+
 def after(buffers: list[Buffer], got: int) -> list[Buffer]:
     """What is left of these buffers once the first ``got`` bytes are filled."""
     for position, buffer in enumerate(buffers):

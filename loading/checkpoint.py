@@ -95,6 +95,16 @@ class Checkpoint:
         """Bytes that were read from its files, headers included."""
         return sum(shard.file.bytes_read for shard in self.shards)
 
+    def check(self) -> None:
+        """See that what a device copied from page-locked files was theirs.
+
+        Raises:
+            CheckpointError: One was cut off meanwhile.
+        """
+        for shard in self.shards:
+            if shard.file.locked is not None:
+                shard.file.locked.check()
+
     def close(self, *, drop_cache: bool = False) -> None:
         """Close every file; with ``drop_cache``, take it out of the page cache first."""
         for shard in self.shards:

@@ -15,6 +15,7 @@ from weightlift.loading.crews import crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
+from weightlift.loading.stage import active_stage
 from weightlift.loading.submission import Asked, Submission, copies_alone
 from weightlift.loading.worker import LINE, NEVER
 from weightlift.loading.writer import Writer
@@ -119,7 +120,7 @@ class CrewReaders(ReaderPool):
             self._crew = crews.take(self._spec)
             try:
                 self._writer = make_writer(self._device, self._crew, self._give_up)
-                self._submission = Submission(self._crew, self._writer)
+                self._submission = Submission(self._device, self._crew, self._writer)
             except BaseException:
                 crews.give(self._crew)
                 raise
@@ -224,8 +225,13 @@ class CrewReaders(ReaderPool):
 
     def _begin(self, window: Window) -> None:
         """Have a window read, or brought to its targets where its bytes are in memory already."""
-        staged = window.file.staged_view(window.start, window.stop)
-        if staged is None:
-            self._asked.append(self._submission.ask(window))
+        file, done = window.file, functools.partial(self.finish, window)
+        staged, stage = file.staged_view(window.start, window.stop), active_stage()
+        locked = file.locked_view(window.start, window.stop) if self._spec.pinned else None
+        if staged is not None:
+            is_whole = stage is not None and not stage.is_straddling(staged)
+            self._submission.bring(window, staged, done, is_whole=is_whole)
+        elif locked is not None:
+            self._submission.bring(window, locked, done, is_whole=True)
         else:
-            self._submission.bring(window, staged, functools.partial(self.finish, window))
+            self._asked.append(self._submission.ask(window))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from weightlift.loading.buffers import Buffer, Staged, after
+from weightlift.loading.buffers import Buffer, Locked, Staged, after
 from weightlift.loading.crew_spec import Way
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.residency import PAGE, PageCache, can_bypass_cache
@@ -37,13 +37,13 @@ class ShardFile:
         size: Bytes, when it was opened.
         identity: Which file it is.
         staged: What of it is in memory already.
+        locked: Its own pages, where they are page-locked.
         direct_io: Whether :meth:`fetch` reads past the page cache: ``auto`` for what is not in it,
             on a local filesystem; ``on`` or ``off``.
         bytes_read: Bytes that came from it.
-        first_read_at: When some did first, by ``perf_counter``; 0 for never.
-        last_read_at: When some did last.
+        first_read_at, last_read_at: When some did first and last, by ``perf_counter``; 0 for never.
         bytes_direct: Those of them that were read past the page cache.
-        bytes_staged: Bytes that were in memory already.
+        bytes_staged: Bytes that were in memory already, staged or locked.
     """
 
     def __init__(self, path: str, descriptor: int, size: int, identity: Identity) -> None:
@@ -51,6 +51,7 @@ class ShardFile:
         self.size = size
         self.identity = identity
         self.staged: Staged | None = None
+        self.locked: Locked | None = None
         self.direct_io = "auto"
         self.bytes_read = 0
         self.first_read_at = self.last_read_at = 0.0
@@ -142,6 +143,13 @@ class ShardFile:
         if self.staged is None:
             return None
         view = self.staged.view(start, stop)
+        if view is not None:
+            self._count_staged(stop - start)
+        return view
+
+    def locked_view(self, start: int, stop: int) -> torch.Tensor | None:
+        """The file's own pages from byte ``start`` to ``stop``, if a device may copy from there: flat uint8."""
+        view = self.locked.view(start, stop) if self.locked is not None else None
         if view is not None:
             self._count_staged(stop - start)
         return view

@@ -47,7 +47,7 @@ class LoadReport:
         exchanged: Bytes that other ranks read and passed on.
         exchange_note: What the ranks share of the reading, or why they do not.
         bytes_direct: Those of them that were read past the page cache.
-        bytes_staged: Bytes that were in memory already, staged before the load.
+        bytes_staged: Bytes that were in page-locked memory already: staged before, or of files that are.
         plan_seconds: From open shards until the last copy was known; reading goes on meanwhile,
             except in an update, which writes nothing before that.
         seconds: From the start of the load to its last byte in place.
@@ -143,7 +143,7 @@ class LoadReport:
         if self.bytes_direct:
             told.append(f"{human(self.bytes_direct)} of it past the page cache")
         if self.bytes_staged:
-            told.append(f"{human(self.bytes_staged)} staged before")
+            told.append(f"{human(self.bytes_staged)} in memory before")
         if self.exchanged:
             told.append(self.exchange_note)
         if self.plan_note:

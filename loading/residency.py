@@ -86,6 +86,11 @@ def can_bypass_cache(device: int) -> bool:
     return _filesystems().get(device) in DIRECT_FILESYSTEMS
 
 
+def is_in_memory(device: int) -> bool:
+    """Whether files on this device (``st_dev``) are in memory and nowhere else."""
+    return _filesystems().get(device) == "tmpfs"
+
+
 @functools.lru_cache(maxsize=1)
 def _filesystems() -> dict[int, str]:
     """Filesystem type by device, as mounted when a first file was asked about."""

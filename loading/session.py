@@ -25,8 +25,9 @@ from weightlift.loading.progress import Progress
 from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
+from weightlift.loading.shared_files import locked_for
 from weightlift.loading.source import Source
-from weightlift.loading.stage import active_stage
+from weightlift.loading.stage import staged_for
 from weightlift.loading.uncollected import uncollected
 
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
@@ -122,11 +123,9 @@ class LoadSession:
             checkpoint = self.hold(Checkpoint.open(files), drop_cache=drop_cache)
         except UnsupportedCheckpoint as error:
             raise self.abort(PlanAborted(str(error))) from error
-        stage = active_stage()
-        if stage is not None:
-            self._lent.enter_context(stage.lent_to(checkpoint))
-        if any(shard.file.staged is not None for shard in checkpoint.shards):
-            self.delivery.read_alone("its bytes are staged")
+        self._lent.enter_context(staged_for(checkpoint))
+        if any(shard.file.staged or shard.file.locked for shard in checkpoint.shards):
+            self.delivery.read_alone("its bytes are in page-locked memory already")
         return checkpoint
 
     def begin(self, files: Sequence[str], device: torch.device, dtype: torch.dtype) -> bool:
@@ -138,6 +137,7 @@ class LoadSession:
         """Have an open checkpoint read as the settings say and closed with the session."""
         for shard in checkpoint.shards:
             shard.file.direct_io = self._settings.direct_io
+        self._lent.enter_context(locked_for(checkpoint, self._settings.shared_gib << 30))
         if self._exchange is not None:
             self._exchange.add(checkpoint)
         self._checkpoints.append((checkpoint, drop_cache))
@@ -165,8 +165,11 @@ class LoadSession:
         That is the order of the stock iterators, and what some models rely on. With ``wanted``,
         only these; they say that they are on ``device``.
         """
-        is_heard = self.report.rank == 0
-        with Progress(checkpoint.nbytes, self._bytes_read, visible=is_heard) as progress:
+
+        def bytes_read() -> int:
+            return sum(held.bytes_read for held, _ in self._checkpoints)
+
+        with Progress(checkpoint.nbytes, bytes_read, visible=self.report.rank == 0) as progress:
             for shard in checkpoint.shards:
                 for name in sorted(shard.tensors):
                     if wanted is None or name in wanted:
@@ -227,6 +230,8 @@ class LoadSession:
     def flush(self) -> None:
         """Put everything recorded so far in place; see :meth:`Delivery.flush`."""
         self.delivery.flush()
+        for checkpoint, _ in self._checkpoints:
+            checkpoint.check()
 
     def __enter__(self) -> LoadSession:
         return self
@@ -244,6 +249,3 @@ class LoadSession:
             self.report.count(
                 [shard.file for held, _ in self._checkpoints for shard in held.shards]
             )
-
-    def _bytes_read(self) -> int:
-        return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)

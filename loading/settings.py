@@ -23,6 +23,8 @@ class Settings:
         staging_mib: Most host memory, in MiB, for bytes in flight to one device: pinned on CUDA,
             scratch elsewhere.
         stage_gib: Host memory of each rank for the next checkpoint, in GiB; 0 for no staging.
+        shared_gib: Most of the files in shared memory that each rank keeps page-locked between loads, in
+            GiB; 0 for none.
         stage_watch: A directory whose new checkpoints are staged as they appear; empty for none.
         direct_io: Whether files are read past the page cache: ``auto`` for what is not in it, on a
             local filesystem; ``on`` or ``off``.
@@ -42,6 +44,7 @@ class Settings:
     staging_mib: int = 256
     stage_gib: int = 0
     stage_watch: str = ""
+    shared_gib: int = 0
     direct_io: str = "auto"
     exchange: str = "auto"
     report: str = ""

@@ -226,6 +226,11 @@ def active_stage() -> Stage | None:
     return _stage
 
 
+def staged_for(checkpoint: Checkpoint) -> contextlib.AbstractContextManager[None]:
+    """:meth:`Stage.lent_to` of the stage of this process; nothing if there is none."""
+    return contextlib.nullcontext() if _stage is None else _stage.lent_to(checkpoint)
+
+
 def make_stage(most_bytes: int, *, pinned: bool) -> Stage:
     """The stage of this process, made if there is none."""
     global _stage

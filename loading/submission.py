@@ -10,7 +10,6 @@ import torch
 from weightlift.loading.crew import Crew
 from weightlift.loading.placement import place
 from weightlift.loading.plan import Window
-from weightlift.loading.stage import active_stage
 from weightlift.loading.transfer import Run
 from weightlift.loading.writer import CopyList, Writer
 
@@ -40,11 +39,13 @@ class Submission:
     """Tells crew and writer what to do for each window; never waits for either.
 
     Args:
+        device: Where the windows go.
         crew: Reads them.
         writer: Brings them there.
     """
 
-    def __init__(self, crew: Crew, writer: Writer) -> None:
+    def __init__(self, device: torch.device, crew: Crew, writer: Writer) -> None:
+        self._device = device
         self._crew = crew
         self._writer = writer
         self._memory = crew.ring.memory.data_ptr()
@@ -63,22 +64,28 @@ class Submission:
         self._writer.begin(window.ready)
         self._writer.await_read(number, parts)
         if not self._copy(window, self._memory + first):
-            self._place(window, self._crew.ring.memory[first : first + window.span])
+            self._place(window, self._crew.ring.memory[first : first + window.span], is_whole=True)
         self._tell(window)
         self._writer.free(number)
         return Asked(number, parts, window, is_direct)
 
-    def bring(self, window: Window, data: torch.Tensor, done: Callable[[], object]) -> None:
+    def bring(
+        self, window: Window, data: torch.Tensor, done: Callable[[], object], *, is_whole: bool
+    ) -> None:
         """Bring a window that is in memory already to its targets, then call ``done``.
+
+        Args:
+            window: The window.
+            data: Its bytes.
+            done: Called when they are, or will be, in place.
+            is_whole: Whether they are page-locked in one piece.
 
         Raises:
             RuntimeError: The device cannot.
         """
-        stage = active_stage()
         self._writer.begin(window.ready)
-        is_one_piece = stage is not None and not stage.is_straddling(data)
-        if not (is_one_piece and self._copy(window, data.data_ptr())):
-            self._place(window, data)
+        if not (is_whole and self._copy(window, data.data_ptr())):
+            self._place(window, data, is_whole=is_whole)
         self._tell(window)
         self._writer.run(done)
 
@@ -92,9 +99,14 @@ class Submission:
         self._writer.write(copies)
         return True
 
-    def _place(self, window: Window, data: torch.Tensor) -> None:
+    def _place(self, window: Window, data: torch.Tensor, *, is_whole: bool) -> None:
         """Cast and scatter a window's bytes on the device that they are for."""
-        self._writer.run(lambda: place(window, self._writer.fetch(data)))
+
+        def work() -> None:
+            fetched = self._writer.fetch(data) if is_whole else data.to(self._device)
+            place(window, fetched)
+
+        self._writer.run(work)
 
     def _tell(self, window: Window) -> None:
         """Let who waits for a window know when it is, or will be, in place."""
