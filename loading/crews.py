@@ -33,17 +33,18 @@ class Crews:
         with self._lock:  # a warm-up may be making the one that is wanted
             self._idle.cancel()
             crew, self._kept = self._kept, None
-            if crew is not None and not (crew.spec == spec and _is_sound(crew)):
-                crew.release()
-                crew = None
-            crew = crew or Crew(spec)
-            self._out.add(crew)  # a child that is forked now must let go of it
             try:
+                if crew is not None and not (crew.spec == spec and _is_sound(crew)):
+                    crew.release()
+                    crew = None
+                crew = crew or Crew(spec)
+                self._out.add(crew)  # a child that is forked now must let go of it
                 if not crew.is_started:
                     crew.start()
             except BaseException:
-                self._out.discard(crew)
-                crew.release()
+                if crew is not None:
+                    self._out.discard(crew)
+                    crew.release()
                 raise
             return crew
 

@@ -115,6 +115,8 @@ class CrewReaders(ReaderPool):
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
+                # The driver's own functions need the device's context on this thread, too
+                torch.cuda.current_stream(self._device).query()
             if self._is_ready:
                 return True
             self._crew = crews.take(self._spec)

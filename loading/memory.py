@@ -20,9 +20,7 @@ def release() -> int:
     stage = active_stage()
     if stage is not None:
         freed += stage.close()
-    shared = shared_files()
-    if shared is not None:
-        freed += shared.release()
+    freed += shared_files().release()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return freed

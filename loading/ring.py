@@ -10,9 +10,9 @@ from typing import Final
 
 import torch
 
+from weightlift.loading.pages import touch
 from weightlift.loading.residency import PAGE
 from weightlift.loading.staging import register, unregister
-from weightlift.loading.worker import POPULATE_WRITE
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _CLOSE_ON_EXEC = 1  # MFD_CLOEXEC
@@ -49,12 +49,20 @@ class SharedRing:
         self.is_pinned = self._is_touched = False
 
     def get_ready(self, threads: int, *, pinned: bool) -> None:
-        """Have the kernel find all pages, by so many threads, and page-lock them if that can be."""
+        """Have the kernel find all pages, by so many threads, and page-lock them if that can be.
+
+        Raises:
+            OSError: The host has no such memory.
+        """
         if not self._is_touched:
             share = -(-self.memory.numel() // (threads * PAGE)) * PAGE
-            with ThreadPoolExecutor(threads, "weightlift-touch") as pool:
-                for part in self.memory.split(share):
-                    pool.submit(_touch, part.data_ptr(), part.numel())
+            parts = [(part.data_ptr(), part.numel()) for part in self.memory.split(share)]
+            try:
+                with ThreadPoolExecutor(threads, "weightlift-touch") as pool:
+                    list(pool.map(touch, *zip(*parts, strict=True)))
+            except RuntimeError:  # there are too many threads: one after the other, then
+                for part in parts:
+                    touch(*part)
             self._is_touched = True
         if pinned and not self.is_pinned:
             self.is_pinned = register(self.memory)
@@ -77,12 +85,6 @@ class SharedRing:
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1
-
-
-def _touch(address: int, nbytes: int) -> None:
-    """Have the kernel find the pages from this one on, while other threads go on."""
-    if _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), POPULATE_WRITE):
-        ctypes.memset(address, 0, nbytes)  # Linux before 5.14, and a third slower
 
 
 def _memory_file() -> int:

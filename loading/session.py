@@ -137,7 +137,8 @@ class LoadSession:
         """Have an open checkpoint read as the settings say and closed with the session."""
         for shard in checkpoint.shards:
             shard.file.direct_io = self._settings.direct_io
-        self._lent.enter_context(locked_for(checkpoint, self._settings.shared_gib << 30))
+        most, keeps = self._settings.shared_gib << 30, self.report.phase != "launch"
+        self._lent.enter_context(locked_for(checkpoint, most, keeps=keeps))
         if self._exchange is not None:
             self._exchange.add(checkpoint)
         self._checkpoints.append((checkpoint, drop_cache))

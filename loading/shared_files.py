@@ -27,54 +27,78 @@ logger = logging.getLogger("weightlift")
 class SharedFiles:
     """Those of this process.
 
-    Args:
+    Attributes:
         most_bytes: What may be page-locked.
     """
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self) -> None:
+        self.most_bytes = 0
         self._files: dict[tuple[int, ...], SharedFile] = {}
-        self._refused: set[Identity] = set()
+        self._refused: set[tuple[int, ...]] = set()
+        self._told: set[str] = set()
         self._change = threading.Condition(threading.RLock())
         self._adding = threading.Lock()
         self._lent = self._releases = 0
+        self._is_released = False
 
     @contextlib.contextmanager
-    def lent_to(self, checkpoint: Checkpoint) -> Iterator[None]:
+    def lent_to(self, checkpoint: Checkpoint, *, keeps: bool) -> Iterator[None]:
         """Within this, what is page-locked of a checkpoint is copied from there.
 
-        The rest of it is page-locked afterwards, for the next load.
+        Args:
+            checkpoint: Its open shards.
+            keeps: Whether the rest of it is page-locked afterwards, for the next load.
         """
         files = [shard.file for shard in checkpoint.shards]
         with self._change:
+            self._drop_old()
             self._lent += 1
-            for file in files:
-                found = self._files.get(file.identity[:2])
-                if found is not None and found.is_current():
-                    file.locked = found
         try:
+            for file in files:
+                file.locked = self._files.get(file.identity[:2])
             yield
         finally:
             with self._change:
                 self._lent -= 1
                 self._change.notify_all()
-            self._keep([file for file in files if file.locked is None])
+                if self._is_released and not self._lent:
+                    self._close_all()
+            if keeps:
+                self._keep([file for file in files if file.locked is None])
 
     def release(self) -> int:
-        """Free all, once no load copies from them; returns how many bytes were page-locked."""
+        """Free all, but for what a load copies from, which is freed after it; returns the bytes freed now."""
         with self._change:
             self._releases += 1
-            self._change.wait_for(lambda: not self._lent)
-            freed = sum(file.close() for file in self._files.values())
-            self._files.clear()
-            return freed
+            self._is_released = True
+            return self._close_all() if not self._lent else 0
+
+    def forget(self) -> None:
+        """In a forked child: they are the parent's."""
+        for file in self._files.values():
+            file.forget()
+
+    def _close_all(self) -> int:
+        freed = sum(file.close() for file in self._files.values())
+        self._files.clear()
+        self._refused.clear()
+        self._told.clear()
+        self._is_released = False
+        return freed
+
+    def _drop_old(self) -> None:
+        """Free those that were cut off or deleted, unless a load copies from some."""
+        for file in list(self._files.values()) if not self._lent else ():
+            if file.is_deleted or not file.is_current():
+                del self._files[file.key]
+                file.close()
 
     def _keep(self, files: Sequence[ShardFile]) -> None:
         """Begin to page-lock those of these files that are in memory, beside what comes next."""
         wanted = [
             (file.path, file.identity)
             for file in files
-            if file.size and is_in_memory(file.identity[0]) and file.identity not in self._refused
+            if file.size and is_in_memory(file.identity[0])
         ]
         if not (wanted and torch.cuda.is_initialized()):
             return
@@ -83,78 +107,87 @@ class SharedFiles:
         def work() -> None:
             torch.cuda.set_device(device)
             with self._adding:
-                self._drop_old()
                 for path, identity in wanted:
-                    self._add(path, identity, releases)
+                    if self._wait(releases):
+                        self._add(path, identity, releases)
 
-        threading.Thread(target=work, name="weightlift-lock", daemon=True).start()
-
-    def _drop_old(self) -> None:
-        """Free those that were cut off or deleted."""
-        with self._change:
-            self._wait()
-            for file in list(self._files.values()):
-                if file.is_deleted or not file.is_current():
-                    del self._files[file.key]
-                    file.close()
+        try:
+            threading.Thread(target=work, name="weightlift-lock", daemon=True).start()
+        except RuntimeError as error:
+            logger.warning("weightlift: nothing is kept page-locked: %s", error)
 
     def _add(self, path: str, identity: Identity, releases: int) -> None:
         """Page-lock a file and keep it, if nobody released all meanwhile."""
-        room = self._most_bytes - sum(kept.size for kept in self._files.values())
-        if identity[:2] in self._files:
-            return
+        with self._change:
+            if identity[:2] in self._files or identity[:3] in self._refused:
+                return
+            room = self.most_bytes - sum(kept.size for kept in self._files.values())
         if identity[2] > room:
-            self._refuse(
-                path,
-                identity,
-                f"of shared_gib {human(room)} are left, and it has {human(identity[2])}",
+            self._tell(
+                path, f"{human(room)} of shared_gib are left, and it has {human(identity[2])}"
             )
             return
+        problem = "it cannot be, or was cut off meanwhile"
         try:
             file = SharedFile(path, identity)
+            try:
+                is_locked = file.lock(lambda: self._wait(releases))
+                if is_locked and self._publish(file, releases):
+                    return
+            except BaseException:
+                file.close()
+                raise
+            file.close()
         except OSError as error:
-            self._refuse(path, identity, str(error))
-            return
-        is_locked = file.lock(self._wait)
+            problem = str(error)
+        if releases == self._releases:
+            self._refused.add(identity[:3])
+            self._tell(path, problem)
+
+    def _publish(self, file: SharedFile, releases: int) -> bool:
+        """Have the next load copy from a file; False if all was released meanwhile."""
         with self._change:
-            if is_locked and releases == self._releases:
-                self._files[file.key] = file
-                logger.info("weightlift: %s of %s stay page-locked", human(file.size), path)
-                return
-        file.close()
-        if not is_locked:
-            self._refuse(path, identity, "it could not be locked, or was changed meanwhile")
+            if releases != self._releases:
+                return False
+            self._files[file.key] = file
+        logger.info("weightlift: %s of %s stay page-locked", human(file.size), file.path)
+        return True
 
-    def _refuse(self, path: str, identity: Identity, why: str) -> None:
-        self._refused.add(identity)  # as it is: written anew, it is tried again
-        logger.warning("weightlift: %s is not kept page-locked: %s", path, why)
+    def _tell(self, path: str, why: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            logger.warning("weightlift: %s is not kept page-locked: %s", path, why)
 
-    def _wait(self) -> None:
-        """Until no load is under way."""
+    def _wait(self, releases: int) -> bool:
+        """Until no load is under way; whether nobody released all since."""
         with self._change:
             self._change.wait_for(lambda: not self._lent)
+            return releases == self._releases
 
 
-_files: SharedFiles | None = None
+_files = SharedFiles()
 
 
-def shared_files() -> SharedFiles | None:
-    """Those of this process, if there may be any."""
+def shared_files() -> SharedFiles:
+    """Those of this process."""
     return _files
 
 
-def locked_for(checkpoint: Checkpoint, most_bytes: int) -> contextlib.AbstractContextManager[None]:
+def locked_for(
+    checkpoint: Checkpoint, most_bytes: int, *, keeps: bool
+) -> contextlib.AbstractContextManager[None]:
     """:meth:`SharedFiles.lent_to`, where so many bytes may be page-locked; nothing for 0."""
-    global _files
-    if _files is None and most_bytes:
-        _files = SharedFiles(most_bytes)
-    return contextlib.nullcontext() if _files is None else _files.lent_to(checkpoint)
+    if not most_bytes:
+        return contextlib.nullcontext()
+    _files.most_bytes = most_bytes
+    return _files.lent_to(checkpoint, keeps=keeps)
 
 
 def _forget() -> None:
     """A forked child has neither the parent's locks nor its CUDA context."""
     global _files
-    _files = None
+    _files.forget()
+    _files = SharedFiles()
 
 
 os.register_at_fork(after_in_child=_forget)

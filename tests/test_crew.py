@@ -29,6 +29,7 @@ from weightlift.loading import crew as crew_module
 from weightlift.loading import crews as crews_module
 from weightlift.loading import (
     feeder,
+    pages,
     placement,
     reader_group,
     readers,
@@ -52,6 +53,10 @@ from weightlift.loading.writers import CudaWriter, ThreadWriter
 READERS = 2
 SPEC = CrewSpec(READERS, 3, 1 << 20)
 KINDS = pytest.mark.parametrize("in_processes", [True, False], ids=["processes", "threads"])
+
+
+def no_thread(*_: Any) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 @pytest.fixture
@@ -358,6 +363,24 @@ def test_a_crew_that_is_kept_is_taken_by_who_opens_readers(save: Any, own: Crews
     assert own._kept is kept
 
 
+def test_a_crew_that_does_not_answer_before_ctrl_c_is_ended(
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"w": torch.randn(100, 100)}
+    (path,) = save(weights)
+    fill(path, weights)
+    kept = own._kept
+    assert kept is not None
+
+    def interrupt(_: Crew) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(crews_module, "_is_sound", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        own.take(kept.spec)
+    assert not kept.is_started and not own._out and own._kept is None
+
+
 def test_a_crew_that_was_taken_is_given_back_where_no_thread_can_be_started(
     save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,24 +389,23 @@ def test_a_crew_that_was_taken_is_given_back_where_no_thread_can_be_started(
     fill(path, weights)
     kept = own._kept
 
-    def fail(*_: Any) -> None:
-        raise RuntimeError("can't start new thread")
-
     with monkeypatch.context() as patched:
-        patched.setattr(feeder.CrewReaders, "start", fail)
+        patched.setattr(feeder.CrewReaders, "start", no_thread)
         with pytest.raises(RuntimeError, match="can't start"):
             fill(path, weights)
     assert own._kept is kept and not own._out
     fill(path, weights)
 
 
-@pytest.mark.parametrize("is_old", [False, True], ids=["madvise", "memset"])
+@pytest.mark.parametrize("how", ["madvise", "memset", "no threads"])
 def test_all_pages_of_the_memory_are_there_before_it_is_used(
-    monkeypatch: pytest.MonkeyPatch, is_old: bool
+    monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     memory = ring.SharedRing(3 * mmap.PAGESIZE)
-    if is_old:
-        monkeypatch.setattr(ring, "POPULATE_WRITE", -1)
+    if how == "memset":
+        monkeypatch.setattr(pages, "POPULATE_WRITE", -1)
+    elif how == "no threads":
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
     memory.get_ready(2, pinned=False)
     assert os.fstat(memory.descriptor).st_blocks * 512 == 3 * mmap.PAGESIZE
     memory.release()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import mmap
 import os
 import tempfile
 import threading
@@ -17,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from weightlift.loading import placement, readers, ring, shared_file, shared_files
+from weightlift.loading import pages, placement, readers, ring, shared_file, shared_files
 from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.memory import release
 from weightlift.loading.report import LoadReport
 from weightlift.loading.residency import is_in_memory
+from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
 from weightlift.loading.shared_files import SharedFiles
 from weightlift.loading.state_dict import load_into
@@ -52,7 +52,7 @@ def file() -> Iterator[Path]:
 
 
 class Host:
-    """A host whose page-locking maps pages, as a real one does, and counts them."""
+    """A host whose page-locking maps pages, as a real one does, and is counted."""
 
     def __init__(self) -> None:
         self.locked: dict[int, int] = {}
@@ -61,8 +61,7 @@ class Host:
     def register(self, memory: torch.Tensor) -> bool:
         if self.can_lock:
             self.locked[memory.data_ptr()] = memory.numel()
-            memory[:: mmap.PAGESIZE].sum().item()  # which maps them
-            memory[-1].item()
+            pages.map_for_reading(memory.data_ptr(), memory.numel())
         return self.can_lock
 
     def unregister(self, memory: torch.Tensor) -> None:
@@ -77,7 +76,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(shared_files, "_files", None)
+    monkeypatch.setattr(shared_files, "_files", SharedFiles())
     monkeypatch.setattr(shared_file, "register", made.register)
     monkeypatch.setattr(shared_file, "unregister", made.unregister)
     monkeypatch.setattr(ring, "register", lambda _: True)
@@ -113,15 +112,17 @@ def wait_until(is_so: Callable[[], object]) -> None:
 
 
 def kept() -> list[shared_file.SharedFile]:
-    found = shared_files.shared_files()
-    assert found is not None
-    return list(found._files.values())
+    return list(shared_files.shared_files()._files.values())
+
+
+def wait_for_locking() -> None:
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "weightlift-lock"])
 
 
 def load_and_wait(path: Path, seed: int) -> LoadReport:
     """A load, and what is page-locked after it."""
     report = load(path, weights(seed))
-    wait_until(lambda: not [t for t in threading.enumerate() if t.name == "weightlift-lock"])
+    wait_for_locking()
     assert [file.path for file in kept()] == [str(path)]
     return report
 
@@ -189,7 +190,8 @@ def test_a_file_that_is_cut_off_while_it_is_copied_is_an_error(
 def test_without_the_setting_nothing_is_kept(file: Path, host: Host) -> None:
     targets = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     load_into(targets, file, Settings(num_load_threads=2, readers="processes"))
-    assert shared_files.shared_files() is None and not host.locked
+    wait_for_locking()
+    assert not kept() and not host.locked
 
 
 def test_a_file_on_a_disk_is_not_kept(tmp_path: Path, host: Host) -> None:
@@ -216,16 +218,17 @@ def test_what_cannot_be_kept_is_read_and_said_so(
         return opened(path, flags, *more)
 
     if why == "too large":
-        monkeypatch.setattr(shared_files, "_files", SharedFiles(1000))
+        little = property(lambda _: 1000, lambda *_: None)
+        monkeypatch.setattr(SharedFiles, "most_bytes", little, raising=False)
     elif why == "not lockable":
         host.can_lock = False
     else:
         monkeypatch.setattr(os, "open", refuse)
     with caplog.at_level(logging.WARNING, "weightlift"):
-        for _ in range(2):
+        for _ in range(3):
             assert load(file, weights(0)).bytes_staged == 0
-            wait_until(lambda: "is not kept page-locked" in caplog.text)
-    assert caplog.text.count("is not kept page-locked") == 1, "once for a file as it is"
+            wait_for_locking()
+    assert caplog.text.count("is not kept page-locked") == 1
     assert not kept() and not host.locked
 
 
@@ -237,28 +240,70 @@ def test_release_frees_what_is_kept(file: Path, host: Host) -> None:
     assert load_and_wait(file, 0).bytes_staged == 0, "it is kept once more"
 
 
-def test_what_is_released_while_it_is_locked_is_not_kept(file: Path, host: Host) -> None:
-    shared = SharedFiles(1 << 30)
-    begun, go_on = threading.Event(), threading.Event()
-    register = host.register
+@pytest.mark.parametrize("what", ["released", "cut off"])
+def test_what_happens_to_a_file_while_it_is_locked_is_seen(
+    file: Path, host: Host, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Between two pieces it is cut off and has its length again, or all is released."""
+    monkeypatch.setattr(shared_file, "PIECE_BYTES", 1 << 20)
+    shared, register = SharedFiles(), host.register
+    shared.most_bytes = 1 << 30
 
-    def slowly(memory: torch.Tensor) -> bool:
-        begun.set()
-        go_on.wait(30)
-        return register(memory)
+    def register_and_happen(memory: torch.Tensor) -> bool:
+        found = register(memory)
+        if len(host.locked) == 1 and what == "released":
+            assert shared.release() == 0
+        elif len(host.locked) == 1:
+            os.truncate(file, 4096)
+            file.write_bytes(save(weights(1)))
+        return found
 
-    host.register = slowly  # type: ignore[method-assign]
+    monkeypatch.setattr(shared_file, "register", register_and_happen)
     facts = file.stat()
     identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(shared_file, "register", slowly)
-        adding = threading.Thread(target=shared._add, args=(str(file), identity, 0))
-        adding.start()
-        begun.wait(30)
-        assert shared.release() == 0
-        go_on.set()
-        adding.join()
+    shared._add(str(file), identity, 0)
     assert not shared._files and not host.locked
+
+
+def test_locking_is_no_change_of_the_file(file: Path, host: Host) -> None:
+    before = file.stat().st_mtime_ns
+    load_and_wait(file, 0)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_nothing_is_locked_after_a_launch(file: Path, host: Host) -> None:
+    with LoadSession(Settings(shared_gib=1), LoadReport(phase="launch")) as session:
+        session.open([str(file)])
+    wait_for_locking()
+    assert not kept() and not host.locked
+
+
+def test_what_is_released_within_a_load_is_free_after_it(file: Path, host: Host) -> None:
+    load_and_wait(file, 0)
+    with LoadSession(Settings(shared_gib=1), LoadReport(phase="launch")) as session:
+        session.open([str(file)])
+        assert shared_files.shared_files().release() == 0 and host.locked
+    assert not kept() and not host.locked
+
+
+def test_a_forked_child_has_no_such_files_open(file: Path, host: Host) -> None:
+    load_and_wait(file, 0)
+    child = os.fork()
+    if not child:
+        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        os._exit(int(str(file) in links or bool(kept())))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert load(file, weights(0)).bytes_staged == NBYTES
+
+
+def test_what_was_deleted_is_free_with_the_next_load(file: Path, host: Host) -> None:
+    load_and_wait(file, 0)
+    other = file.with_name("other.safetensors")
+    save_file(weights(1), other)
+    file.unlink()
+    load(other, weights(1))
+    wait_for_locking()
+    assert [kept_file.path for kept_file in kept()] == [str(other)]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,82 @@
+"""Pages of this process's memory: have the kernel find them, and ask whether they are mapped."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+import torch
+
+from weightlift.loading.residency import PAGE
+from weightlift.loading.worker import POPULATE_WRITE
+
+POPULATE_READ = 22  # MADV_POPULATE_READ, of Linux 5.14, as POPULATE_WRITE
+_ONLY_WHEN_MAPPED = 1  # MLOCK_ONFAULT
+_ENTRY_BYTES = 8
+_STATE, _IS_MAPPED = 62, 3  # present, or about to be: that of a page which is being moved
+_AT_ONCE = 1 << 17
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def touch(address: int, nbytes: int) -> None:
+    """Have all pages of some memory there, to be written to; other threads go on meanwhile.
+
+    Raises:
+        OSError: The host has no such memory.
+    """
+    if not _populate(address, nbytes, POPULATE_WRITE):
+        ctypes.memset(address, 0, nbytes)  # a third slower
+
+
+def map_for_reading(address: int, nbytes: int) -> None:
+    """Have all pages of a mapped file mapped, without changing when it was written to.
+
+    Raises:
+        OSError: The file is shorter.
+    """
+    if not _populate(address, nbytes, POPULATE_READ):
+        raise OSError(errno.EINVAL, "needs Linux 5.14")
+
+
+def keep_mapped(address: int, nbytes: int) -> None:
+    """Have the kernel never unmap these pages to save memory.
+
+    Raises:
+        OSError: This user may not ask for that (``ulimit -l``).
+    """
+    size = ctypes.c_size_t(nbytes)
+    if _LIBC.mlock2(ctypes.c_void_p(address), size, _ONLY_WHEN_MAPPED):
+        raise OSError(ctypes.get_errno(), "mlock2: raise the limit of locked memory (ulimit -l)")
+
+
+def are_mapped(pagemap: int, address: int, nbytes: int) -> bool:
+    """Whether all pages of some memory are mapped, without touching them.
+
+    Args:
+        pagemap: A descriptor of ``/proc/self/pagemap``.
+        address: The first byte.
+        nbytes: How many.
+
+    Raises:
+        OSError: The kernel does not tell.
+    """
+    first, last = address // PAGE, (address + nbytes - 1) // PAGE
+    for page in range(first, last + 1, _AT_ONCE):
+        count = min(_AT_ONCE, last + 1 - page)
+        room = bytearray(count * _ENTRY_BYTES)
+        if os.preadv(pagemap, [room], page * _ENTRY_BYTES) < len(room):
+            raise OSError(errno.EIO, "/proc/self/pagemap is cut short")
+        if not (torch.frombuffer(room, dtype=torch.int64) >> _STATE & _IS_MAPPED).all():
+            return False
+    return True
+
+
+def _populate(address: int, nbytes: int, how: int) -> bool:
+    """False where the kernel cannot do that."""
+    if not _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), how):
+        return True
+    if ctypes.get_errno() == errno.EINVAL:
+        return False
+    raise OSError(ctypes.get_errno(), "madvise")
