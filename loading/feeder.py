@@ -53,9 +53,8 @@ class CrewReaders(ReaderPool):
         self._crew: Crew
         self._writer: Writer
         self._submission: Submission
-        if (
-            crews.has(spec) and self._is_on_device()
-        ):  # the feeder might wait 5 ms for the interpreter
+        # The feeder might have to wait 5 ms for the interpreter first
+        if crews.has(spec) and self._is_on_device():
             self._is_ready = self._get_ready()
         try:
             self.start(1, "feeder")
@@ -111,7 +110,7 @@ class CrewReaders(ReaderPool):
         return self._device.type != "cuda" or torch._C._cuda_getDevice() == self._index
 
     def _get_ready(self) -> bool:
-        """Take a crew, if that is not done; whether that went well. On the feeder's thread in any case."""
+        """Have this thread work on the device, and take a crew if there is none yet; whether there is one."""
         try:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
@@ -229,11 +228,12 @@ class CrewReaders(ReaderPool):
         """Have a window read, or brought to its targets where its bytes are in memory already."""
         file, done = window.file, functools.partial(self.finish, window)
         staged, stage = file.staged_view(window.start, window.stop), active_stage()
-        locked = file.locked_view(window.start, window.stop) if self._spec.pinned else None
         if staged is not None:
             is_whole = stage is not None and not stage.is_straddling(staged)
             self._submission.bring(window, staged, done, is_whole=is_whole)
-        elif locked is not None:
+            return
+        locked = file.locked_view(window.start, window.stop) if self._spec.pinned else None
+        if locked is not None:
             self._submission.bring(window, locked, done, is_whole=True)
         else:
             self._asked.append(self._submission.ask(window))

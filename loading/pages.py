@@ -46,6 +46,8 @@ def keep_mapped(address: int, nbytes: int) -> None:
     Raises:
         OSError: This user may not ask for that (``ulimit -l``).
     """
+    if not hasattr(_LIBC, "mlock2"):
+        raise OSError(errno.ENOSYS, "needs glibc 2.27")
     size = ctypes.c_size_t(nbytes)
     if _LIBC.mlock2(ctypes.c_void_p(address), size, _ONLY_WHEN_MAPPED):
         raise OSError(ctypes.get_errno(), "mlock2: raise the limit of locked memory (ulimit -l)")

@@ -58,20 +58,22 @@ class SharedFile:
             raise
 
     def lock(self, may_go_on: Callable[[], bool]) -> bool:
-        """Page-lock all of it; False if that cannot be, or may not, or it was cut off meanwhile.
+        """Page-lock all of it; False if that may not go on, or the file was cut off meanwhile.
 
         Args:
             may_go_on: Asked before each piece; may wait.
 
         Raises:
-            OSError: The kernel cannot map it all.
+            OSError: It cannot be mapped or locked.
         """
         address = self._memory.data_ptr()
         map_for_reading(address, self.size)  # locking maps pages as if to write: that is a change
         while self._locked < self.size:
             piece = self._memory[self._locked : self._locked + PIECE_BYTES]
-            if not (may_go_on() and register(piece)):
+            if not may_go_on():
                 return False
+            if not register(piece):
+                raise OSError("its pages cannot be locked")
             self._locked += len(piece)
         return self.is_current() and are_mapped(self._descriptors[0], address, self.size)
 

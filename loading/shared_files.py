@@ -55,7 +55,8 @@ class SharedFiles:
             self._lent += 1
         try:
             for file in files:
-                file.locked = self._files.get(file.identity[:2])
+                found = self._files.get(file.identity[:2])
+                file.locked = found if found is not None and found.is_current() else None
             yield
         finally:
             with self._change:
@@ -127,22 +128,18 @@ class SharedFiles:
                 path, f"{human(room)} of shared_gib are left, and it has {human(identity[2])}"
             )
             return
-        problem = "it cannot be, or was cut off meanwhile"
         try:
             file = SharedFile(path, identity)
             try:
-                is_locked = file.lock(lambda: self._wait(releases))
-                if is_locked and self._publish(file, releases):
+                if file.lock(lambda: self._wait(releases)) and self._publish(file, releases):
                     return
             except BaseException:
                 file.close()
                 raise
             file.close()
         except OSError as error:
-            problem = str(error)
-        if releases == self._releases:
             self._refused.add(identity[:3])
-            self._tell(path, problem)
+            self._tell(path, str(error))
 
     def _publish(self, file: SharedFile, releases: int) -> bool:
         """Have the next load copy from a file; False if all was released meanwhile."""
