@@ -103,8 +103,10 @@ class Submission:
         """Cast and scatter a window's bytes on the device that they are for."""
 
         def work() -> None:
-            fetched = self._writer.fetch(data) if is_whole else data.to(self._device)
-            place(window, fetched)
+            if is_whole:
+                place(window, self._writer.fetch(data))
+            else:
+                place(window, data.to(self._device, non_blocking=True))
 
         self._writer.run(work)
 
