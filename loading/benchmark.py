@@ -21,7 +21,6 @@ import torch
 
 from weightlift.loading.ceilings import cold_ceiling, warm_ceiling
 from weightlift.loading.checkpoint import Checkpoint, shard_paths
-from weightlift.loading.files import ShardFile
 from weightlift.loading.peers import LOADERS, Loader, Targets
 
 CEILING = "ceiling"
@@ -136,11 +135,8 @@ def _timed(job: _Job) -> Timing:
 
 def _ceiling(job: _Job, nbytes: int) -> Timing:
     is_warm = job.state == "warm"
-    prepare_cache(job.path, job.state)
-    if is_warm:  # on H100 hosts the first to read what was just written takes up to twice as long
-        with Checkpoint.from_path(job.path) as checkpoint:
-            for shard in checkpoint.shards:
-                _read_through(shard.file)
+    # On H100 hosts the first to read what was just written takes up to twice as long
+    prepare_cache(job.path, job.state, reads_all=True)
     rate = warm_ceiling(job.path, job.device) if is_warm else cold_ceiling(job.path)
     if not rate:
         return Timing(
@@ -205,8 +201,13 @@ def empty_targets(path: Path, device: torch.device, dtype: torch.dtype | None = 
         }
 
 
-def prepare_cache(path: Path, state: str) -> None:
+def prepare_cache(path: Path, state: str, *, reads_all: bool = False) -> None:
     """Bring all of the checkpoint into the page cache, or none of it.
+
+    Args:
+        path: The checkpoint.
+        state: ``warm`` or ``cold``.
+        reads_all: Whether to read, for ``warm``, what is there already, too.
 
     Raises:
         OSError: The kernel keeps pages that should go (some filesystems and containers do).
@@ -217,13 +218,9 @@ def prepare_cache(path: Path, state: str) -> None:
                 make_cold(shard.file.path)
                 if shard.file.cached_bytes() > COLD_FRACTION * shard.file.size:
                     raise OSError(f"{shard.file.path} stays in the page cache")
-            elif shard.file.cached_bytes() < shard.file.size:
-                _read_through(shard.file)
-
-
-def _read_through(file: ShardFile) -> None:
-    for offset in range(0, file.size, 16 << 20):
-        file.read(offset, min(16 << 20, file.size - offset))
+            elif reads_all or shard.file.cached_bytes() < shard.file.size:
+                for offset in range(0, shard.file.size, 16 << 20):
+                    shard.file.read(offset, min(16 << 20, shard.file.size - offset))
 
 
 def make_cold(path: str | Path) -> None:

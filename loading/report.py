@@ -143,7 +143,7 @@ class LoadReport:
         if self.bytes_direct:
             told.append(f"{human(self.bytes_direct)} of it past the page cache")
         if self.bytes_staged:
-            told.append(f"{human(self.bytes_staged)} in memory before")
+            told.append(f"{human(self.bytes_staged)} in page-locked memory before")
         if self.exchanged:
             told.append(self.exchange_note)
         if self.plan_note:

@@ -137,8 +137,7 @@ class LoadSession:
         """Have an open checkpoint read as the settings say and closed with the session."""
         for shard in checkpoint.shards:
             shard.file.direct_io = self._settings.direct_io
-        most, keeps = self._settings.shared_gib << 30, self.report.phase != "launch"
-        self._lent.enter_context(locked_for(checkpoint, most, keeps=keeps))
+        self._lent.enter_context(locked_for(checkpoint, self._settings, self.report.phase))
         if self._exchange is not None:
             self._exchange.add(checkpoint)
         self._checkpoints.append((checkpoint, drop_cache))
@@ -166,11 +165,9 @@ class LoadSession:
         That is the order of the stock iterators, and what some models rely on. With ``wanted``,
         only these; they say that they are on ``device``.
         """
-
-        def bytes_read() -> int:
-            return sum(held.bytes_read for held, _ in self._checkpoints)
-
-        with Progress(checkpoint.nbytes, bytes_read, visible=self.report.rank == 0) as progress:
+        with Progress(
+            checkpoint.nbytes, self._bytes_read, visible=self.report.rank == 0
+        ) as progress:
             for shard in checkpoint.shards:
                 for name in sorted(shard.tensors):
                     if wanted is None or name in wanted:
@@ -250,3 +247,6 @@ class LoadSession:
             self.report.count(
                 [shard.file for held, _ in self._checkpoints for shard in held.shards]
             )
+
+    def _bytes_read(self) -> int:
+        return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)

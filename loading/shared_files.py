@@ -19,6 +19,7 @@ from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.files import Identity, ShardFile
 from weightlift.loading.report import human
 from weightlift.loading.residency import is_in_memory
+from weightlift.loading.settings import Settings
 from weightlift.loading.shared_file import SharedFile
 
 logger = logging.getLogger("weightlift")
@@ -171,13 +172,16 @@ def shared_files() -> SharedFiles:
 
 
 def locked_for(
-    checkpoint: Checkpoint, most_bytes: int, *, keeps: bool
+    checkpoint: Checkpoint, settings: Settings, phase: str
 ) -> contextlib.AbstractContextManager[None]:
-    """:meth:`SharedFiles.lent_to`, where so many bytes may be page-locked; nothing for 0."""
-    if not most_bytes:
+    """:meth:`SharedFiles.lent_to`, where the settings ask for it.
+
+    Nothing is locked after a launch: engines capture CUDA graphs then, which other CUDA calls break.
+    """
+    if not settings.shared_gib:
         return contextlib.nullcontext()
-    _files.most_bytes = most_bytes
-    return _files.lent_to(checkpoint, keeps=keeps)
+    _files.most_bytes = settings.shared_gib << 30
+    return _files.lent_to(checkpoint, keeps=phase != "launch")
 
 
 def _forget() -> None:

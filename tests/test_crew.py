@@ -78,6 +78,16 @@ def fill(path: str, weights: dict[str, torch.Tensor], **settings: Any) -> LoadRe
 
 
 @pytest.fixture
+def waiting(save: Any, own: Crews) -> tuple[str, dict[str, torch.Tensor], Crew]:
+    """A file, its weights, and the crew that has read it and waits for more."""
+    weights = {"w": torch.randn(100, 100)}
+    (path,) = save(weights)
+    fill(path, weights)
+    assert own._kept is not None
+    return path, weights, own._kept
+
+
+@pytest.fixture
 def many(save: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, torch.Tensor]]:
     """A file that is read in 80 windows, and its weights."""
     weights = {f"w{number:02}": torch.randn(500, 1000) for number in range(40)}
@@ -349,13 +359,9 @@ def test_who_offers_windows_hands_them_out_and_the_feeder_what_is_left(
     assert begun.keys() == {"MainThread", "weightlift-feeder-0"}
 
 
-def test_a_crew_that_is_kept_is_taken_by_who_opens_readers(save: Any, own: Crews) -> None:
-    weights = {"w": torch.randn(100, 100)}
-    (path,) = save(weights)
+def test_a_crew_that_is_kept_is_taken_by_who_opens_readers(waiting: Any, own: Crews) -> None:
+    _, _, kept = waiting
     settings = Settings(num_load_threads=READERS, readers="processes")
-    fill(path, weights)
-    kept = own._kept
-    assert kept is not None
     pool = readers.open_readers(torch.device("cpu"), settings)
     assert isinstance(pool, feeder.CrewReaders)
     assert pool._is_ready and pool._crew is kept, "nobody waited for the feeder"
@@ -364,13 +370,9 @@ def test_a_crew_that_is_kept_is_taken_by_who_opens_readers(save: Any, own: Crews
 
 
 def test_a_crew_that_does_not_answer_before_ctrl_c_is_ended(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+    waiting: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = {"w": torch.randn(100, 100)}
-    (path,) = save(weights)
-    fill(path, weights)
-    kept = own._kept
-    assert kept is not None
+    _, _, kept = waiting
 
     def interrupt(_: Crew) -> bool:
         raise KeyboardInterrupt
@@ -382,13 +384,9 @@ def test_a_crew_that_does_not_answer_before_ctrl_c_is_ended(
 
 
 def test_a_crew_that_was_taken_is_given_back_where_no_thread_can_be_started(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+    waiting: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = {"w": torch.randn(100, 100)}
-    (path,) = save(weights)
-    fill(path, weights)
-    kept = own._kept
-
+    path, weights, kept = waiting
     with monkeypatch.context() as patched:
         patched.setattr(feeder.CrewReaders, "start", no_thread)
         with pytest.raises(RuntimeError, match="can't start"):

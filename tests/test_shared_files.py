@@ -319,6 +319,6 @@ def test_a_device_copies_from_the_file(file: Path, how: str) -> None:
             writing.write(save(weights(seed)))
         staged.append(load_into(targets, file, settings).bytes_staged)
         assert all(torch.equal(targets[name].cpu(), w) for name, w in weights(seed).items())
-        wait_until(lambda: not [t for t in threading.enumerate() if t.name == "weightlift-lock"])
+        wait_for_locking()
     assert staged == [0, *[NBYTES if how == "in place" else 0] * 3]
     release()

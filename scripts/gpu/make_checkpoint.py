@@ -142,9 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="gets config, shards and index")
     parser.add_argument("kind", nargs="?", choices=[*SHAPES, "small-tensors"], default="qwen3-8b")
-    parser.add_argument("seed", nargs="?", type=int, default=0)
+    parser.add_argument("seed", nargs="?", type=int, default=0, help="another one, other weights")
     given = parser.parse_args()
     folder, kind = given.folder, given.kind
     torch.manual_seed(given.seed)

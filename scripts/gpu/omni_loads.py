@@ -1,19 +1,12 @@
 """vLLM-Omni's own loader on this GPU, stock and with weightlift: transformers of two real shapes.
 
-omni_loads.py FOLDER OUT [--warm] [--ways WAY ...]
-
-    FOLDER      gets the checkpoints
-    OUT         gets the numbers
-    --warm      no cold loads
-    --ways      some of the ways, such as "stock, 4 threads" "weightlift, 12 readers"
-
 qwen-image    its transformer, 41 GB of bfloat16
 wan           two transformers of Wan2.2's width and a quarter of its 40 layers, 29 GB of float32 in
               the files and bfloat16 on the device
 
 ``DiffusersPipelineLoader.load_weights`` into parameters that are there, in a process of its own for
-each way, three times; the page cache is warm, but for a last call of two of the ways. Needs vLLM-Omni and vLLM in this Python's path (``scripts/gpu/bundle-omni``), without their
-compiled kernels.
+each way, three times; the page cache is warm, but for a last call of two of the ways. Needs
+vLLM-Omni and vLLM in this Python's path (``scripts/gpu/bundle-omni``), without their compiled kernels.
 """
 
 # pyright: reportMissingImports=false
@@ -185,11 +178,15 @@ def run(part: str, folder: Path, way: str, *, is_warm: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Make, load, compare, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="gets the checkpoints, 41 GB at a time")
+    parser.add_argument("out", type=Path, help="gets the numbers, as omni.json")
     parser.add_argument("--warm", action="store_true", help="no cold loads")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="all if left out"
+    )
     given = parser.parse_args()
     folder, out = given.folder, given.out
     out.mkdir(parents=True, exist_ok=True)
