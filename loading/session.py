@@ -165,9 +165,8 @@ class LoadSession:
         That is the order of the stock iterators, and what some models rely on. With ``wanted``,
         only these; they say that they are on ``device``.
         """
-        with Progress(
-            checkpoint.nbytes, self._bytes_read, visible=self.report.rank == 0
-        ) as progress:
+        is_heard = self.report.rank == 0
+        with Progress(checkpoint.nbytes, self._bytes_read, visible=is_heard) as progress:
             for shard in checkpoint.shards:
                 for name in sorted(shard.tensors):
                     if wanted is None or name in wanted:

@@ -184,9 +184,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="gets the checkpoints, 41 GB at a time")
     parser.add_argument("out", type=Path, help="gets the numbers, as omni.json")
     parser.add_argument("--warm", action="store_true", help="no cold loads")
-    parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="all if left out"
-    )
+    told = f"all if left out: {'; '.join(WAYS)}"
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=told)
     given = parser.parse_args()
     folder, out = given.folder, given.out
     out.mkdir(parents=True, exist_ok=True)
