@@ -6,13 +6,14 @@ torch's own allocator rounds page-locked memory up to a power of two, and ``cuda
 
 from __future__ import annotations
 
-import ctypes
 import weakref
+from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from weightlift.loading.pages import are_untouched, touch
 from weightlift.loading.staging import page_aligned, register, unregister
 
 BLOCK_BYTES = 256 << 20
@@ -78,10 +79,58 @@ class HostBlocks:
     def _make(self, nbytes: int) -> torch.Tensor:
         block = page_aligned(nbytes)
         if self._device.type == "cuda":
-            ctypes.memset(block.data_ptr(), 0, nbytes)  # touched beside the other threads
+            touch(block.data_ptr(), nbytes)  # beside the other threads
             register(block)
         self._blocks.append(block)
         return block
+
+
+def move_parameters(model: torch.nn.Module, device: torch.device, threads: int) -> int:
+    """Give a model's parameters on the host such memory, which they have as long as the model lives.
+
+    Parameters whose memory others share or that has gaps stay where they are. What was never written to
+    is not copied.
+
+    Args:
+        model: Its parameters stay the same objects.
+        device: As of :class:`HostBlocks`.
+        threads: As there.
+
+    Returns:
+        Bytes that were moved.
+
+    Raises:
+        OSError: The host has no such memory; the rest stays where it is.
+    """
+    moved = _movable(model)
+    blocks = HostBlocks([parameter.nbytes for parameter in moved], device, threads)
+    release = weakref.finalize(model, blocks.release)
+    release.atexit = False
+    with (
+        torch._C.DisableTorchFunction()
+    ):  # nothing can be under way to memory that is not known yet
+        for parameter, piece in zip(moved, blocks.pieces(), strict=True):
+            memory = piece.view(parameter.dtype).view(parameter.shape)
+            if not are_untouched(parameter.data_ptr(), parameter.nbytes):
+                memory.copy_(parameter.detach())
+            parameter.data = memory
+    return blocks.nbytes
+
+
+def _movable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Parameters that have their memory on the host to themselves."""
+    found = [
+        item
+        for item in model.parameters()
+        if item.device.type == "cpu" and item.numel() and item.is_contiguous()
+    ]
+    uses = Counter(item.untyped_storage().data_ptr() for item in found)
+    return [
+        item
+        for item in found
+        if uses[item.untyped_storage().data_ptr()] == 1
+        and item.untyped_storage().nbytes() == item.nbytes
+    ]
 
 
 def _unregister(device: torch.device, blocks: list[torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -64,15 +65,32 @@ def are_mapped(pagemap: int, address: int, nbytes: int) -> bool:
     Raises:
         OSError: The kernel does not tell.
     """
+    return all(bool(mapped.all()) for mapped in _mapped(pagemap, address, nbytes))
+
+
+def are_untouched(address: int, nbytes: int) -> bool:
+    """Whether nobody ever wrote to some memory, or read it; False where the kernel does not tell."""
+    try:
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not any(bool(mapped.any()) for mapped in _mapped(pagemap, address, nbytes))
+    except OSError:
+        return False
+    finally:
+        os.close(pagemap)
+
+
+def _mapped(pagemap: int, address: int, nbytes: int) -> Iterator[torch.Tensor]:
+    """For each page, in stretches, whether it is mapped: not zero."""
     first, last = address // PAGE, (address + nbytes - 1) // PAGE
     for page in range(first, last + 1, _AT_ONCE):
         count = min(_AT_ONCE, last + 1 - page)
         room = bytearray(count * _ENTRY_BYTES)
         if os.preadv(pagemap, [room], page * _ENTRY_BYTES) < len(room):
             raise OSError(errno.EIO, "/proc/self/pagemap is cut short")
-        if not (torch.frombuffer(room, dtype=torch.int64) >> _STATE & _IS_MAPPED).all():
-            return False
-    return True
+        yield torch.frombuffer(room, dtype=torch.int64) >> _STATE & _IS_MAPPED
 
 
 def _populate(address: int, nbytes: int, how: int) -> bool:

@@ -109,7 +109,7 @@ SGLANG = Integration(
                 f"{_DIFFUSION}.{module}",
                 f"weightlift.patches.sglang_diffusion.{source}",
                 versions,
-                topic=source if source in ("weights", "agreement") else "",
+                topic=source if source in ("weights", "agreement", "offload") else "",
                 extra="sglang[diffusion]",
                 switch="parallel_module_load",
             )
@@ -122,6 +122,8 @@ SGLANG = Integration(
                 ("loader.component_loaders.vae_loader", "weights", ">=0.5.9,<0.5.19"),
                 ("loader.weight_utils", "weights", SGLANG_DIFFUSION),
                 ("loader.fsdp_load", "weights", SGLANG_DIFFUSION),
+                ("loader.fsdp_load", "offload", ">=0.5.9,<0.5.18"),
+                ("loader.component_loaders.text_encoder_loader", "offload", ">=0.5.9,<0.5.18"),
                 ("loader.weights_updater", "updates", ">=0.5.9,<0.5.14"),
                 ("loader.weights_updater", "agreement", ">=0.5.9,<0.5.14"),
                 ("post_training.weights_updater", "updates", ">=0.5.14,<0.5.24"),

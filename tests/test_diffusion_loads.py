@@ -29,6 +29,11 @@ RESIDENT = (
 ).split()
 """What releases up to 0.5.10 need on a CPU, for they would wrap text encoders for a GPU."""
 
+ON_THE_HOST = [
+    *("--text-encoder-cpu-offload", "true", "--image-encoder-cpu-offload", "true"),
+    *("--pin-cpu-memory", "false"),  # torch page-locks nothing without a GPU
+]
+
 pytestmark = pytest.mark.engine
 
 
@@ -53,6 +58,11 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def is_before(version: str, other: str) -> bool:
     """Whether a release came before another."""
     return DIFFUSION_VERSIONS.index(version) < DIFFUSION_VERSIONS.index(other)
+
+
+def wraps(version: str) -> bool:
+    """Whether a release has FSDP wrap an encoder that it filled on the host."""
+    return not is_before(version, "0.5.9") and is_before(version, "0.5.18")
 
 
 def run(version: str, cases: list[dict[str, Any]], folder: Path) -> Runs:
@@ -119,6 +129,31 @@ def test_stock_and_weightlift_leave_and_make_the_same(
     error = runs.error("damaged text_encoder")
     assert "text_encoder" in error and ".safetensors" in error and "truncated" in error
     assert sizes(pipelines) == before
+
+
+@pytest.mark.parametrize(
+    "version", releases("0.5.9", "0.5.17", more=[v for v in diffusion_releases() if wraps(v)])
+)
+def test_encoders_on_the_host_are_wrapped_as_in_stock(
+    version: str, pipelines: Path, tmp_path: Path
+) -> None:
+    cases: list[dict[str, Any]] = []
+    for kind, name in NAMES.items():
+        case = {"model": str(pipelines / "sound" / name), "offloaded": True, "flags": ON_THE_HOST}
+        case["generate"] = kind == "wan" and not is_before(version, "0.5.11")
+        cases += [
+            {**case, "name": f"{kind} stock", "stock": True},
+            {**case, "name": kind, "env": ASKED},
+        ]
+    runs = run(version, cases, tmp_path)
+    for kind in NAMES:
+        (stock,), (ours,) = runs.told[f"{kind} stock"], runs.told[kind]
+        assert "error" not in stock, stock["trace"]
+        assert stock["components"]["text_encoder"]["kinds"] == ["DTensor"]
+        assert {**ours, "case": ""} == {**stock, "case": ""}, kind
+    assert runs.output.count("page-locked memory") >= len(NAMES)
+    encoders = [report for report in runs.reports if "Encoder" in report["architecture"]]
+    assert encoders and all(not report["fallback_reason"] for report in encoders), encoders
 
 
 @pytest.mark.parametrize("version", releases("0.5.17", more=diffusion_releases()))

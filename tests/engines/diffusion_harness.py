@@ -11,6 +11,7 @@ sequence        true for several ranks that share sequences, not tensors
 memory          true to watch memory meanwhile
 mapped          true for transformers that are taken to stay on the host beside a GPU
 hindered        true where nothing can be read before the engine asks for it
+offloaded       true for encoders that FSDP keeps on the host, as beside a GPU
 updates, sleeps see ``diffusion_changes``
 """
 
@@ -190,6 +191,21 @@ def cannot_tell(device: torch.device) -> int:
     raise RuntimeError(f"{device} does not say")
 
 
+def offload_encoders(is_stock: bool) -> None:
+    """Have encoders stay on the host, which releases from 0.5.11 on do beside a GPU only."""
+    from sglang.multimodal_gen.runtime.loader.component_loaders import text_encoder_loader
+
+    platform = text_encoder_loader.current_platform
+    beside = types.SimpleNamespace(
+        is_cpu=lambda: False, is_mps=lambda: False, device_type=platform.device_type
+    )
+    text_encoder_loader.current_platform = beside
+    if not is_stock:
+        from weightlift.patches.sglang_diffusion import offload
+
+        offload._locked_for = lambda server_args: torch.device("cpu")
+
+
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load the pipeline of a case, and run it if asked to."""
     torch.manual_seed(0)
@@ -201,6 +217,8 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         from weightlift.loading import landing
 
         landing.free_memory = cannot_tell
+    if case.get("offloaded"):
+        offload_encoders(case.get("stock", False))
     if case.get("trials"):
         return tried(case, rank, port)
     with MemoryWatch() if case.get("memory") else contextlib.nullcontext() as watch:

@@ -24,10 +24,11 @@ Run = Callable[[Case, int, int], dict[str, Any]]
 
 
 def state_hash(model: torch.nn.Module) -> str:
-    """Of every parameter and buffer: name, dtype, shape and bytes."""
+    """Of every parameter and buffer: name, dtype, shape and bytes, of what this rank has of it."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        data = tensor.detach().contiguous().view(-1)
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        data = local.detach().contiguous().view(-1)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(data.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
