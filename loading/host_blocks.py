@@ -58,7 +58,7 @@ class HostBlocks:
         Raises:
             OSError: The host has no such memory.
         """
-        pool = ThreadPoolExecutor(self._threads, "weightlift-pin", self._begin)
+        pool = ThreadPoolExecutor(self._threads, "weightlift-pin")
         try:
             blocks = [pool.submit(self._make, length) for length in self._lengths]
             for size, (block, offset) in zip(self._sizes, self._offsets, strict=True):
@@ -72,17 +72,24 @@ class HostBlocks:
         self._free()
         return freed
 
-    def _begin(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-
     def _make(self, nbytes: int) -> torch.Tensor:
-        block = page_aligned(nbytes)
-        if self._device.type == "cuda":
-            touch(block.data_ptr(), nbytes)  # beside the other threads
-            register(block)
+        block = make_block(nbytes, self._device)
         self._blocks.append(block)
         return block
+
+
+def make_block(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory that is there, and page-locked for a CUDA device: flat uint8, for any thread to call.
+
+    Raises:
+        OSError: The host has no such memory.
+    """
+    block = page_aligned(nbytes)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        touch(block.data_ptr(), nbytes)
+        register(block)
+    return block
 
 
 def move_parameters(model: torch.nn.Module, device: torch.device, threads: int) -> int:

@@ -156,6 +156,18 @@ def test_encoders_on_the_host_are_wrapped_as_in_stock(
     assert encoders and all(not report["fallback_reason"] for report in encoders), encoders
 
 
+@pytest.mark.parametrize("version", releases("0.5.17", more=["0.5.14", "0.5.19"]))
+def test_layers_are_moved_to_the_host_as_in_stock(
+    version: str, pipelines: Path, tmp_path: Path
+) -> None:
+    case = {"model": str(pipelines / "sound" / NAMES["wan"]), "layers": True, "generate": True}
+    cases = [{**case, "name": "stock", "stock": True}, {**case, "name": "ours", "env": ASKED}]
+    runs = run(version, cases, tmp_path)
+    (stock,), (ours,) = runs.told["stock"], runs.told["ours"]
+    assert "error" not in stock, stock["trace"]
+    assert {**ours, "case": ""} == {**stock, "case": ""}
+
+
 @pytest.mark.parametrize("version", releases("0.5.17", more=diffusion_releases()))
 def test_ranks_that_share_tensors_or_sequences_load_as_in_stock(
     version: str, pipelines: Path, tmp_path: Path

@@ -7,7 +7,8 @@ VAE; one that is in FOLDER already is taken as it is. ``build_pipeline`` in a pr
 case, stock and with weightlift. Groups of cases, all if none is named:
 
 launch    with all components on the GPU, three times, files in the page cache
-offload   with the text encoder on the host, likewise, once
+offload   with the text encoder on the host, layer by layer and by FSDP, likewise, once
+layers    with the layers of the transformer on the host, likewise, once
 change    then updated twice, and three times asleep and awake again
 cold      with no file in the page cache
 
@@ -57,12 +58,20 @@ RESIDENT = (
 WAYS: dict[str, tuple[bool, list[str]]] = {
     "stock": (False, RESIDENT),
     "weightlift": (True, [*RESIDENT, "--enable-parallel-module-load"]),
-    "stock, offloaded encoder": (False, RESIDENT[2:]),
-    "weightlift, offloaded encoder": (True, [*RESIDENT[2:], "--enable-parallel-module-load"]),
+    **{
+        f"{who}, {where}": (is_ours, [*flags, *(["--enable-parallel-module-load"] * is_ours)])
+        for where, flags in (
+            ("encoder in layers", RESIDENT[2:]),
+            ("encoder by FSDP", ["--text-encoder-cpu-offload", "true", *RESIDENT[2:]]),
+            ("transformer in layers", [*RESIDENT[:-1], "true"]),
+        )
+        for who, is_ours in (("stock", False), ("weightlift", True))
+    },
 }
 GROUPS = {
     "launch": ["stock", "weightlift"] * 3,
-    "offload": ["stock, offloaded encoder", "weightlift, offloaded encoder"],
+    "offload": [way for way in WAYS if "encoder" in way],
+    "layers": [way for way in WAYS if "transformer" in way],
     "change": ["stock", "weightlift"],
     "cold": ["weightlift", "stock"],
 }
@@ -290,15 +299,14 @@ def main(folder: Path, out: Path, layers: int, groups: list[str]) -> None:
         (out / "diffusion.json").write_text(json.dumps(rows, indent=1))
         told = ", ".join(f"{name} {value:.2f}" for name, value in found["seconds"].items())
         print(
-            f"{group:8s} {way:30s} {told} s; peak {found['peak'] / 1e9:.1f} GB, "
+            f"{group:8s} {way:36s} {told} s; peak {found['peak'] / 1e9:.1f} GB, "
             f"host {found['host'] / 1e9:.1f} GB",
             flush=True,
         )
-    for where in ("on the GPU", "offloaded"):
-        alike = [row for row in rows if ("offloaded" in row["way"]) == (where == "offloaded")]
-        if sums := {str(row["sums"]) for row in alike}:
-            told = "equal" if len(sums) == 1 else "NOT equal"
-            print(f"encoder {where}: parameters are {told}", flush=True)
+    for where in sorted({row["way"].partition(", ")[2] for row in rows}):
+        alike = [row for row in rows if row["way"].partition(", ")[2] == where]
+        told = "equal" if len({str(row["sums"]) for row in alike}) == 1 else "NOT equal"
+        print(f"{where or 'all on the GPU'}: parameters are {told}", flush=True)
 
 
 if __name__ == "__main__":

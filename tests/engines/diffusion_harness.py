@@ -11,6 +11,7 @@ sequence        true for several ranks that share sequences, not tensors
 memory          true to watch memory meanwhile
 mapped          true for transformers that are taken to stay on the host beside a GPU
 hindered        true where nothing can be read before the engine asks for it
+layers          true for a transformer whose layers are moved to the host then, as beside a GPU
 offloaded       true for encoders that FSDP keeps on the host, as beside a GPU
 updates, sleeps see ``diffusion_changes``
 """
@@ -206,6 +207,33 @@ def offload_encoders(is_stock: bool) -> None:
         offload._locked_for = lambda server_args: torch.device("cpu")
 
 
+class NoDevice:
+    """In place of ``torch.cuda``, its streams and events: there is nothing to wait for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: 0 if name == "current_device" else self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def move_layers(transformer: Any, arguments: Any, is_stock: bool) -> dict[str, Any]:
+    """Have the engine move the layers of a transformer to the host; what is there then."""
+    torch.get_device_module = lambda *_: NoDevice()
+    arguments.pin_cpu_memory = not is_stock  # torch page-locks nothing without a GPU
+    transformer.configure_layerwise_offload(arguments)
+    (manager,) = transformer.layerwise_offload_managers
+    digest, stored = hashlib.sha256(), set()
+    for name, weight in sorted(manager.iter_cpu_weights()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        stored.add(weight.untyped_storage().nbytes())
+    return {"on the host": digest.hexdigest(), "sizes": sorted(stored)}
+
+
 def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     """Load the pipeline of a case, and run it if asked to."""
     torch.manual_seed(0)
@@ -226,6 +254,9 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
     told: dict[str, Any] = {"components": components_of(pipeline), "process": process_state()}
     if watch:
         told["memory"] = watch.most - watch.before
+    if case.get("layers"):
+        transformer = pipeline.modules["transformer"]
+        told["layers"] = move_layers(transformer, arguments, case.get("stock", False))
     if case.get("updates"):
         told["updates"] = updated(pipeline, case)
     if case.get("sleeps"):

@@ -1,0 +1,111 @@
+"""Page-locked host memory for one who asks for it piece by piece, as layers do that leave a device.
+
+What is asked for a second time is going to be asked for again: threads make more of it meanwhile.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from weightlift.loading.host_blocks import make_block
+from weightlift.loading.staging import unregister
+
+
+class HostSupply:
+    """Gives out memory. A context manager: leaving it frees what nobody asked for.
+
+    Args:
+        device: What is copied to and from it: page-locked for a CUDA device.
+        threads: How many make it ready, and the most pieces that are made ahead.
+        most: How many of one size are asked for at most.
+    """
+
+    def __init__(self, device: torch.device, threads: int, most: int) -> None:
+        self._device = device
+        self._threads = threads
+        self._most = most
+        self._given: collections.Counter[int] = collections.Counter()
+        self._ready: dict[int, collections.deque[Future[torch.Tensor]]] = {}
+        self._blocks: list[torch.Tensor] = []
+        self._pool = ThreadPoolExecutor(threads, "weightlift-pin")
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """A piece of its own, flat uint8; it is page-locked until :meth:`release`.
+
+        Raises:
+            OSError: The host has no such memory.
+        """
+        ready = self._ready.setdefault(nbytes, collections.deque())
+        if not ready:
+            ready.append(self._make(nbytes))
+        block = ready.popleft().result()
+        self._blocks.append(block)
+        self._given[nbytes] += 1
+        given = self._given[nbytes]
+        ahead = min(given - 1, self._threads, self._most - given)
+        while len(ready) < ahead:
+            ready.append(self._make(nbytes))
+        return block
+
+    def release(self) -> None:
+        """Nothing that was given is page-locked any more; call it before the memory goes."""
+        if self._device.type == "cuda":
+            for block in self._blocks:
+                unregister(block)
+        self._blocks.clear()
+
+    def __enter__(self) -> HostSupply:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for ready in self._ready.values():
+            for future in ready:
+                with contextlib.suppress(OSError):  # what was not made
+                    if not future.cancelled() and self._device.type == "cuda":
+                        unregister(future.result())
+        self._ready.clear()
+
+    def _make(self, nbytes: int) -> Future[torch.Tensor]:
+        return self._pool.submit(make_block, nbytes, self._device)
+
+
+class Supplied(TorchFunctionMode):
+    """Within it, page-locked tensors that torch is asked for come from a supply.
+
+    Args:
+        supply: Gives the memory; what it cannot give is torch's.
+    """
+
+    def __init__(self, supply: HostSupply) -> None:
+        super().__init__()
+        self._supply = supply
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation; ``empty`` and ``empty_strided`` in memory of the supply."""
+        kwargs = kwargs or {}
+        if func in _MAKERS and kwargs.get("pin_memory") and kwargs.get("device") is None:
+            like = func(*args, **{**kwargs, "pin_memory": False, "device": "meta"})
+            nbytes = like.untyped_storage().nbytes()
+            if nbytes:
+                with contextlib.suppress(OSError):  # torch says so if it has none either
+                    piece = self._supply.take(nbytes)
+                    empty = torch.empty(0, dtype=like.dtype)
+                    return empty.set_(piece.untyped_storage(), 0, like.shape, like.stride())
+        return func(*args, **kwargs)
+
+
+_MAKERS = (torch.empty, torch.empty_strided)
