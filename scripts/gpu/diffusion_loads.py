@@ -36,6 +36,8 @@ from typing import Any
 
 import torch
 from make_checkpoint import write
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from weightlift.loading.benchmark import make_cold
 from weightlift.loading.budget import available_memory
@@ -189,7 +191,7 @@ def load(folder: Path, group: str, flags: list[str]) -> dict[str, Any]:
     for name, module in pipeline.modules.items():
         if isinstance(module, torch.nn.Module):
             values = [bits_of(item) for _, item in sorted(weights_of(module))]
-            sums[name] = [type(module).__name__, hash(tuple(values))]
+            sums[name] = [type(module).__name__, hash(tuple(values)), *brought(module)]
     scratch = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"seconds": seconds, "sums": sums, "peak": scratch, "host": host}
 
@@ -231,9 +233,27 @@ def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, weight
 
 
+def brought(module: torch.nn.Module) -> list[int]:
+    """The sum of what FSDP brings to the GPU when the module runs, and how much waits page-locked."""
+    found, locked = 0, 0
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            whole = [bits_of(item) for item in part.parameters() if not isinstance(item, DTensor)]
+            part.reshard()
+            found += sum(whole)
+            locked += sum(local_of(item).is_pinned() for item in part.parameters())
+    return [found, locked]
+
+
+def local_of(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def bits_of(parameter: torch.Tensor) -> int:
     """The sum of a parameter's elements, taken for whole numbers."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    local = local_of(parameter)
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[local.element_size()]
     return int(local.detach().contiguous().view(-1).view(kind).to(torch.int64).sum())
 
