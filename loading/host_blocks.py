@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from weightlift.loading.pages import are_untouched, touch
+from weightlift.loading.residency import PAGE
 from weightlift.loading.staging import page_aligned, register, unregister
 
 BLOCK_BYTES = 256 << 20
@@ -117,11 +118,19 @@ def move_parameters(model: torch.nn.Module, device: torch.device, threads: int) 
         torch._C.DisableTorchFunction()
     ):  # nothing can be under way to memory that is not known yet
         for parameter, piece in zip(moved, blocks.pieces(), strict=True):
-            memory = piece.view(parameter.dtype).view(parameter.shape)
-            if not are_untouched(parameter.data_ptr(), parameter.nbytes):
-                memory.copy_(parameter.detach())
-            parameter.data = memory
+            before = parameter.detach().view(-1).view(torch.uint8)
+            written = _written(before)
+            piece[:written].copy_(before[:written])
+            parameter.data = piece.view(parameter.dtype).view(parameter.shape)
     return blocks.nbytes
+
+
+def _written(memory: torch.Tensor) -> int:
+    """How many bytes from the first may be written to. Allocators note something before the first."""
+    first_page = -memory.data_ptr() % PAGE
+    rest = memory[first_page:]
+    is_new = len(rest) and are_untouched(rest.data_ptr(), len(rest))
+    return first_page if is_new else len(memory)
 
 
 def _movable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

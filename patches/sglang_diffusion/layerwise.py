@@ -1,4 +1,4 @@
-"""Components whose layers wait on the host: their page-locked memory is made by several threads."""
+"""Components whose layers wait on the host, in page-locked memory that several threads make."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ def _initialize(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Have the engine move layers to memory that was page-locked beside what it copies."""
-    is_asked = context_of("sglang").settings().parallel_module_load
-    if not (is_asked and instance.enabled and instance.pin_cpu_memory):
+    if not (context_of("sglang").settings().parallel_module_load and _is_page_locked(instance)):
         return wrapped(*args, **kwargs)
     supply = HostSupply(instance.device, reader_count(), most=instance.num_layers)
     release = weakref.finalize(instance, supply.release)
     release.atexit = False
     with supply, Supplied(supply):
         return wrapped(*args, **kwargs)
+
+
+def _is_page_locked(manager: Any) -> bool:
+    """Whether the engine is going to ask for memory that a CUDA device copies from."""
+    return bool(manager.enabled and manager.pin_cpu_memory and manager.device.type == "cuda")
 
 
 PATCHES: tuple[Patch, ...] = tuple(

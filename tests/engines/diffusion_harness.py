@@ -223,7 +223,11 @@ class NoDevice:
 def move_layers(transformer: Any, arguments: Any, is_stock: bool) -> dict[str, Any]:
     """Have the engine move the layers of a transformer to the host; what is there then."""
     torch.get_device_module = lambda *_: NoDevice()
-    arguments.pin_cpu_memory = not is_stock  # torch page-locks nothing without a GPU
+    if not is_stock:  # torch page-locks nothing without a GPU
+        from weightlift.patches.sglang_diffusion import layerwise
+
+        arguments.pin_cpu_memory = True
+        layerwise._is_page_locked = lambda manager: True
     transformer.configure_layerwise_offload(arguments)
     (manager,) = transformer.layerwise_offload_managers
     digest, stored = hashlib.sha256(), set()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from engines.harness import CASE_SECONDS, free_port
 
@@ -27,7 +28,7 @@ def state_hash(model: torch.nn.Module) -> str:
     """Of every parameter and buffer: name, dtype, shape and bytes, of what this rank has of it."""
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         data = local.detach().contiguous().view(-1)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(data.view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,173 @@
+"""Page-locked memory for models that stay on the host: what moves there, and what is made ahead."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from weightlift.loading import host_blocks, host_supply
+from weightlift.loading.host_blocks import make_block, move_parameters
+from weightlift.loading.host_supply import HostSupply, Supplied
+from weightlift.loading.pages import are_untouched
+
+LARGE = 40 << 20  # malloc gives what is larger than 32 MiB new pages
+
+
+class Encoder(torch.nn.Module):
+    """A model on the host with what parameters can be like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = torch.nn.Parameter(torch.randn(300, 7))
+        self.low = torch.nn.Parameter(torch.randn(11).bfloat16(), requires_grad=False)
+        self.tied = self.low
+        self.scalar = torch.nn.Parameter(torch.tensor(3.0))
+        self.nothing = torch.nn.Parameter(torch.empty(0, 5))
+        self.gaps = torch.nn.Parameter(torch.randn(4, 6).t())
+        both = torch.randn(8)
+        self.first = torch.nn.Parameter(both[:4])
+        self.second = torch.nn.Parameter(both[4:])
+        self.new = torch.nn.Parameter(torch.empty(LARGE, dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("buffer", torch.randn(5))
+
+
+STAY = {"nothing", "gaps", "first", "second"}
+
+
+def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: item.detach().clone() for name, item in model.state_dict().items()}
+
+
+def test_parameters_move_and_stay_what_they_are(device: torch.device) -> None:
+    model = Encoder()
+    model.new.data.fill_(7)
+    before, objects = values(model), dict(model.named_parameters())
+    places = {name: item.data_ptr() for name, item in objects.items()}
+    moved = move_parameters(model, torch.empty(0, device=device).device, 2)
+    assert moved >= LARGE
+    now = dict(model.named_parameters())
+    assert all(now[name] is item for name, item in objects.items())
+    assert {name for name in now if now[name].data_ptr() == places[name]} == STAY
+    after = values(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.tied is model.low and not model.low.requires_grad
+    locked = {name for name, item in now.items() if item.is_pinned()}
+    assert locked == (now.keys() - STAY if device.type == "cuda" else set())
+
+
+def test_what_was_never_written_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, copied = Encoder(), list[int]()
+    copy = torch.Tensor.copy_
+
+    def counted(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        copied.append(self.nbytes)
+        return copy(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", counted)
+    move_parameters(model, torch.device("cpu"), 1)
+    assert len(copied) == 4 and max(copied) == 300 * 7 * 4, "of the new one, less than a page"
+    other = Encoder()
+    other.new.data[-1] = 5
+    move_parameters(other, torch.device("cpu"), 1)
+    assert max(copied) == LARGE and other.new[-1] == 5
+
+
+def test_one_touched_page_tells() -> None:
+    memory = make_block(LARGE, torch.device("cpu"))
+    assert are_untouched(memory.data_ptr(), LARGE)
+    memory[LARGE - 1] = 1
+    assert not are_untouched(memory.data_ptr(), LARGE)
+
+
+def test_it_is_unlocked_when_the_model_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = watch_locks(monkeypatch)
+    model = Encoder()
+    move_parameters(model, torch.device("cuda", 0), 2)
+    kept, value = model.written, model.written.detach().clone()
+    assert len(locked) == 1
+    del model
+    gc.collect()
+    assert not locked
+    assert torch.equal(kept, value)  # whoever has a parameter keeps its memory
+
+
+def test_without_memory_a_model_is_left_in_working_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(nbytes: int, device: torch.device) -> torch.Tensor:
+        raise OSError("full")
+
+    monkeypatch.setattr(host_blocks, "make_block", fail)
+    model = Encoder()
+    before = values(model)
+    with pytest.raises(OSError, match="full"):
+        move_parameters(model, torch.device("cpu"), 2)
+    assert all(
+        torch.equal(value, before[name]) for name, value in values(model).items() if name != "new"
+    )
+
+
+def watch_locks(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The addresses that are page-locked, as if there were a device."""
+    locked: set[int] = set()
+    monkeypatch.setattr(host_blocks, "register", lambda block: locked.add(block.data_ptr()))
+    for module in (host_blocks, host_supply):
+        monkeypatch.setattr(module, "unregister", lambda block: locked.remove(block.data_ptr()))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return locked
+
+
+def test_a_supply_makes_ahead_what_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: Counter[int] = Counter()
+    make = HostSupply._make
+
+    def counted(self: HostSupply, nbytes: int) -> Future[torch.Tensor]:
+        begun[nbytes] += 1
+        return make(self, nbytes)
+
+    locked = watch_locks(monkeypatch)
+    monkeypatch.setattr(HostSupply, "_make", counted)
+    with HostSupply(torch.device("cuda", 0), 3, most=5) as supply:
+        pieces = [supply.take(1000), supply.take(5000), supply.take(5000)]
+        assert begun == {1000: 1, 5000: 2 + 1}, "as many ahead as were asked for again"
+        pieces += [supply.take(5000) for _ in range(3)]
+        assert begun == {1000: 1, 5000: 5}, "no more than there can be"
+        pieces += [supply.take(7000), supply.take(7000)]
+        assert begun[7000] == 2 + 1
+    assert locked == {piece.data_ptr() for piece in pieces}, "what nobody took is free"
+    assert [piece.numel() for piece in pieces] == [1000] + [5000] * 5 + [7000] * 2
+    supply.release()
+    assert not locked
+    pieces[0].fill_(1)  # whoever still has a piece keeps it
+
+
+def test_page_locked_tensors_come_from_the_supply(device: torch.device) -> None:
+    where = torch.empty(0, device=device).device
+    with HostSupply(where, 2, most=4) as supply, Supplied(supply):
+        flat = torch.empty(1000, dtype=torch.bfloat16, pin_memory=True)
+        turned = torch.empty_strided(size=(3, 4), stride=(1, 3), dtype=torch.int8, pin_memory=True)
+        other = torch.empty(10)
+    assert flat.untyped_storage().nbytes() == 2000 and flat.dtype == torch.bfloat16
+    assert turned.stride() == (1, 3) and turned.untyped_storage().nbytes() == 12
+    assert other.dtype == torch.get_default_dtype()
+    assert flat.is_pinned() == turned.is_pinned() == (device.type == "cuda")
+    supply.release()
+    assert not flat.is_pinned()
+
+
+def test_what_a_supply_has_not_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(nbytes: int, device: torch.device) -> torch.Tensor:
+        raise OSError("full")
+
+    def torchs_own(*size: int, **options: object) -> torch.Tensor:
+        return plain(*size)
+
+    plain = torch.empty
+    monkeypatch.setattr(host_supply, "make_block", fail)
+    monkeypatch.setattr(host_supply, "_MAKERS", (torchs_own,))
+    with HostSupply(torch.device("cpu"), 1, most=2) as supply, Supplied(supply) as mode:
+        found = mode.__torch_function__(torchs_own, (), (10,), {"pin_memory": True})
+    assert found.shape == (10,) and found.device.type == "cpu"
