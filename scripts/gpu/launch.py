@@ -6,7 +6,8 @@ A way is stock, weightlift, exchange (weightlift, ranks share the reading) or wh
 takes, such as fastsafetensors. Other flags go to the server (--tp-size 2).
 
 Prints a table and writes OUT/launch.json. Needs SGLang and weightlift in this Python's path. A
-stock launch that compiles kernels comes first and does not count.
+stock launch that compiles kernels comes first and does not count. A way that fails is not tried again;
+the others go on.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ FLAGS = (
     "--port 30000"
 ).split()
 OURS = ("weightlift", "exchange")
-START_SECONDS = 150
+START_SECONDS = 240
+"""A first launch, which compiles kernels, took 188 s on a slow host."""
 UPDATES = 3
 
 
@@ -60,7 +62,7 @@ def wait_until_up(server: subprocess.Popen[bytes], log: Path) -> None:
             return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.5)
-    raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
+    raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
 def run(model: str, logs: Path, way: str, name: str, flags: list[str]) -> dict[str, Any]:
@@ -131,17 +133,28 @@ def main() -> None:
     given, flags = parser.parse_known_args()
     given.out.mkdir(parents=True, exist_ok=True)
     logs = Path(tempfile.mkdtemp())
-    results = []
+    results, failed = [], set()
     for number, way in enumerate(["stock", *given.ways * given.rounds]):
-        result = run(given.model, logs, way, f"launch-{number}", flags)
-        results.append(result)
-        print(line_of(result), flush=True)
+        if way in failed:
+            continue
+        try:
+            results.append(run(given.model, logs, way, f"launch-{number}", flags))
+        except (RuntimeError, AssertionError, OSError) as error:
+            if not results:
+                raise
+            failed.add(way)
+            print(f"{way} failed: {error}", flush=True)
+            continue
+        print(line_of(results[-1]), flush=True)
         (given.out / "launch.json").write_text(json.dumps(results, indent=1))
     assert len({str(result["tokens"]) for result in results}) == 1, "the tokens differ"
     assert all(result["tokens"] == result["tokens_after_update"] for result in results)
     for way in given.ways:
-        print(medians_of(way, results[1:]))
+        if way not in failed:
+            print(medians_of(way, results[1:]))
     print("the tokens are the same in all launches, before and after updates")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(sorted(failed))}")
 
 
 if __name__ == "__main__":
