@@ -31,7 +31,6 @@ from weightlift.loading.stage import staged_for
 from weightlift.loading.uncollected import uncollected
 
 NamedWeights = Iterator[tuple[str, torch.Tensor]]
-
 _thread = threading.local()
 
 

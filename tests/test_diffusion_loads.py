@@ -132,7 +132,7 @@ def test_stock_and_weightlift_leave_and_make_the_same(
 
 
 @pytest.mark.parametrize(
-    "version", releases("0.5.9", "0.5.17", more=[v for v in diffusion_releases() if wraps(v)])
+    "version", releases("0.5.17", more=[v for v in diffusion_releases() if wraps(v)])
 )
 def test_encoders_on_the_host_are_wrapped_as_in_stock(
     version: str, pipelines: Path, tmp_path: Path
