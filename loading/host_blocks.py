@@ -6,10 +6,11 @@ torch's own allocator rounds page-locked memory up to a power of two, and ``cuda
 
 from __future__ import annotations
 
+import errno
 import weakref
 from collections import Counter
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -29,9 +30,12 @@ class HostBlocks:
         sizes: Bytes of each piece.
         device: What is copied to and from it: page-locked for a CUDA device.
         threads: How many make it ready.
+        pageable: Whether memory that cannot be page-locked will do.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device, threads: int) -> None:
+    def __init__(
+        self, sizes: Sequence[int], device: torch.device, threads: int, *, pageable: bool = False
+    ) -> None:
         self._offsets: list[tuple[int, int]] = []
         self._lengths: list[int] = []
         for size in sizes:
@@ -43,9 +47,10 @@ class HostBlocks:
         self._sizes = sizes
         self._device = device
         self._threads = threads
+        self._pageable = pageable
         self._blocks: list[torch.Tensor] = []
         # Memory that goes while it is registered leaves its addresses unusable for the device.
-        self._free = weakref.finalize(self, _unregister, device, self._blocks)
+        self._free = weakref.finalize(self, unlock, device, self._blocks)
         self._free.atexit = False
 
     @property
@@ -57,15 +62,21 @@ class HostBlocks:
         """The pieces in order, flat uint8; each as soon as its block can be used.
 
         Raises:
-            OSError: The host has no such memory.
+            OSError: The host has no such memory; blocks of which no piece was given are free.
         """
         pool = ThreadPoolExecutor(self._threads, "weightlift-pin")
+        made = [
+            pool.submit(make_block, length, self._device, pageable=self._pageable)
+            for length in self._lengths
+        ]
         try:
-            blocks = [pool.submit(self._make, length) for length in self._lengths]
-            for size, (block, offset) in zip(self._sizes, self._offsets, strict=True):
-                yield blocks[block].result()[offset : offset + size]
+            for size, (number, offset) in zip(self._sizes, self._offsets, strict=True):
+                if number == len(self._blocks):
+                    self._blocks.append(made[number].result())
+                yield self._blocks[number][offset : offset + size]
         finally:
             pool.shutdown(cancel_futures=True)
+            unlock(self._device, made_by(made[len(self._blocks) :]))
 
     def release(self) -> int:
         """Free it, as far as nobody holds a piece; returns its bytes."""
@@ -73,14 +84,14 @@ class HostBlocks:
         self._free()
         return freed
 
-    def _make(self, nbytes: int) -> torch.Tensor:
-        block = make_block(nbytes, self._device)
-        self._blocks.append(block)
-        return block
 
-
-def make_block(nbytes: int, device: torch.device) -> torch.Tensor:
+def make_block(nbytes: int, device: torch.device, *, pageable: bool = False) -> torch.Tensor:
     """Memory that is there, and page-locked for a CUDA device: flat uint8, for any thread to call.
+
+    Args:
+        nbytes: Of the block.
+        device: What is copied to and from it.
+        pageable: Whether it will do if it cannot be page-locked.
 
     Raises:
         OSError: The host has no such memory.
@@ -89,15 +100,25 @@ def make_block(nbytes: int, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         touch(block.data_ptr(), nbytes)
-        register(block)
+        lock(block, pageable=pageable)
     return block
+
+
+def lock(block: torch.Tensor, *, pageable: bool = False) -> None:
+    """Page-lock a block that was touched, for the current device.
+
+    Raises:
+        OSError: It cannot be, and pageable memory will not do.
+    """
+    if not register(block) and not pageable:
+        raise OSError(errno.ENOMEM, "cannot be page-locked")
 
 
 def move_parameters(model: torch.nn.Module, device: torch.device, threads: int) -> int:
     """Give a model's parameters on the host such memory, which they have as long as the model lives.
 
-    Parameters whose memory others share or that has gaps stay where they are. What was never written to
-    is not copied.
+    Parameters whose memory others share or that has gaps stay where they are, and what else looks into
+    memory that moved stays behind. Pages that were never written to are not copied.
 
     Args:
         model: Its parameters stay the same objects.
@@ -119,37 +140,48 @@ def move_parameters(model: torch.nn.Module, device: torch.device, threads: int) 
     ):  # nothing can be under way to memory that is not known yet
         for parameter, piece in zip(moved, blocks.pieces(), strict=True):
             before = parameter.detach().view(-1).view(torch.uint8)
-            written = _written(before)
-            piece[:written].copy_(before[:written])
+            for part in _written(before):
+                piece[part].copy_(before[part])
             parameter.data = piece.view(parameter.dtype).view(parameter.shape)
     return blocks.nbytes
 
 
-def _written(memory: torch.Tensor) -> int:
-    """How many bytes from the first may be written to. Allocators note something before the first."""
-    first_page = -memory.data_ptr() % PAGE
-    rest = memory[first_page:]
-    is_new = len(rest) and are_untouched(rest.data_ptr(), len(rest))
-    return first_page if is_new else len(memory)
+def _written(memory: torch.Tensor) -> list[slice]:
+    """What of some private memory may be written to: all, or what shares pages with its neighbours."""
+    stop = len(memory)
+    first, last = -memory.data_ptr() % PAGE, stop - (memory.data_ptr() + stop) % PAGE
+    if first < last and are_untouched(memory.data_ptr() + first, last - first):
+        return [slice(first), slice(last, stop)]
+    return [slice(stop)]
 
 
 def _movable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Parameters that have their memory on the host to themselves."""
+    """Parameters on the host whose memory no other parameter or buffer has, and no other process."""
     found = [
         item
         for item in model.parameters()
         if item.device.type == "cpu" and item.numel() and item.is_contiguous()
     ]
-    uses = Counter(item.untyped_storage().data_ptr() for item in found)
-    return [
-        item
-        for item in found
-        if uses[item.untyped_storage().data_ptr()] == 1
-        and item.untyped_storage().nbytes() == item.nbytes
-    ]
+    uses = Counter(
+        item.untyped_storage().data_ptr()
+        for item in (*found, *model.buffers())
+        if item.device.type == "cpu"
+    )
+    return [item for item in found if _is_alone(item.untyped_storage(), item.nbytes, uses)]
 
 
-def _unregister(device: torch.device, blocks: list[torch.Tensor]) -> None:
+def _is_alone(storage: torch.UntypedStorage, nbytes: int, uses: Counter[int]) -> bool:
+    is_whole = storage.nbytes() == nbytes
+    return is_whole and uses[storage.data_ptr()] == 1 and not storage.is_shared()
+
+
+def made_by(futures: Sequence[Future[torch.Tensor]]) -> list[torch.Tensor]:
+    """The blocks of those that are done and did not fail."""
+    return [future.result() for future in futures if not (future.cancelled() or future.exception())]
+
+
+def unlock(device: torch.device, blocks: list[torch.Tensor]) -> None:
+    """Page-lock these no longer, and drop them; who has a piece of one keeps its memory."""
     if device.type == "cuda":
         for block in blocks:
             unregister(block)

@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from weightlift.loading.host_blocks import make_block
-from weightlift.loading.staging import unregister
+from weightlift.loading.host_blocks import lock, made_by, unlock
+from weightlift.loading.pages import touch
+from weightlift.loading.staging import page_aligned
+
+AHEAD_BYTES = 1 << 30
+"""Of one size, the most that is made before it is asked for; one piece in any case."""
+
+PART_BYTES = 64 << 20
+"""Of a piece, what one thread has the kernel find."""
 
 
 class HostSupply:
@@ -23,13 +30,12 @@ class HostSupply:
 
     Args:
         device: What is copied to and from it: page-locked for a CUDA device.
-        threads: How many make it ready, and the most pieces that are made ahead.
-        most: How many of one size are asked for at most.
+        threads: How many make it ready.
+        most: Of one size, how many are likely to be asked for: no more are made ahead.
     """
 
     def __init__(self, device: torch.device, threads: int, most: int) -> None:
         self._device = device
-        self._threads = threads
         self._most = most
         self._given: collections.Counter[int] = collections.Counter()
         self._ready: dict[int, collections.deque[Future[torch.Tensor]]] = {}
@@ -49,32 +55,40 @@ class HostSupply:
         self._blocks.append(block)
         self._given[nbytes] += 1
         given = self._given[nbytes]
-        ahead = min(given - 1, self._threads, self._most - given)
-        while len(ready) < ahead:
-            ready.append(self._make(nbytes))
+        ahead = min(given - 1, self._most - given, max(1, AHEAD_BYTES // nbytes))
+        with contextlib.suppress(OSError):  # whoever asks for it is told
+            while len(ready) < ahead:
+                ready.append(self._make(nbytes))
         return block
 
     def release(self) -> None:
         """Nothing that was given is page-locked any more; call it before the memory goes."""
-        if self._device.type == "cuda":
-            for block in self._blocks:
-                unregister(block)
-        self._blocks.clear()
+        unlock(self._device, self._blocks)
 
     def __enter__(self) -> HostSupply:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        for ready in self._ready.values():
-            for future in ready:
-                with contextlib.suppress(OSError):  # what was not made
-                    if not future.cancelled() and self._device.type == "cuda":
-                        unregister(future.result())
+        left = [future for ready in self._ready.values() for future in ready]
+        unlock(self._device, made_by(left))
         self._ready.clear()
 
     def _make(self, nbytes: int) -> Future[torch.Tensor]:
-        return self._pool.submit(make_block, nbytes, self._device)
+        block = page_aligned(nbytes)
+        touched = [
+            self._pool.submit(touch, block.data_ptr() + start, min(PART_BYTES, nbytes - start))
+            for start in range(0, nbytes if self._device.type == "cuda" else 0, PART_BYTES)
+        ]
+        return self._pool.submit(self._lock, block, touched)
+
+    def _lock(self, block: torch.Tensor, touched: list[Future[None]]) -> torch.Tensor:
+        for part in touched:  # all of them began before this did
+            part.result()
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            lock(block)
+        return block
 
 
 class Supplied(TorchFunctionMode):

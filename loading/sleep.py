@@ -212,7 +212,8 @@ class Sleeper:
                 f"{human(free)}; all weights are still on the device. Free memory of the host, raise "
                 "the container's limit, or restart the server instead"
             )
-        self._blocks = HostBlocks(sizes, storages[0].memory.device, reader_count())
+        device = storages[0].memory.device
+        self._blocks = HostBlocks(sizes, device, reader_count(), pageable=True)
         return self._blocks
 
     def _copy_from_host(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -34,15 +34,17 @@ def pinned(nbytes: int) -> torch.Tensor:
 
 
 def page_aligned(nbytes: int) -> torch.Tensor:
-    """Memory that starts on a page, in huge pages where there are any: flat uint8.
+    """Memory that starts on a page, in huge pages where there are any and it fills one: flat uint8.
 
     Children that are forked do not have it: to give it to them, the kernel would copy what is pinned.
     """
-    memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    unit = _HUGE if nbytes >= _HUGE else mmap.PAGESIZE
+    memory = mmap.mmap(-1, nbytes + unit, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTFORK)
-    with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE
+    if unit == _HUGE:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % unit
     return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes)
 
 

@@ -13,6 +13,7 @@ from weightlift.loading import host_blocks, host_supply
 from weightlift.loading.host_blocks import make_block, move_parameters
 from weightlift.loading.host_supply import HostSupply, Supplied
 from weightlift.loading.pages import are_untouched
+from weightlift.loading.staging import page_aligned
 
 LARGE = 40 << 20  # malloc gives what is larger than 32 MiB new pages
 
@@ -31,11 +32,14 @@ class Encoder(torch.nn.Module):
         both = torch.randn(8)
         self.first = torch.nn.Parameter(both[:4])
         self.second = torch.nn.Parameter(both[4:])
+        self.seen = torch.nn.Parameter(torch.randn(6))
+        self.register_buffer("view", self.seen.data[2:])
+        self.shared = torch.nn.Parameter(torch.randn(3).share_memory_())  # type: ignore[no-untyped-call]
         self.new = torch.nn.Parameter(torch.empty(LARGE, dtype=torch.uint8), requires_grad=False)
         self.register_buffer("buffer", torch.randn(5))
 
 
-STAY = {"nothing", "gaps", "first", "second"}
+STAY = {"nothing", "gaps", "first", "second", "seen", "shared"}
 
 
 def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -70,11 +74,18 @@ def test_what_was_never_written_is_not_copied(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.Tensor, "copy_", counted)
     move_parameters(model, torch.device("cpu"), 1)
-    assert len(copied) == 4 and max(copied) == 300 * 7 * 4, "of the new one, less than a page"
+    assert len(copied) == 5 and max(copied) == 300 * 7 * 4, "of the new one, less than two pages"
     other = Encoder()
-    other.new.data[-1] = 5
+    other.new.data[LARGE // 2] = 5
     move_parameters(other, torch.device("cpu"), 1)
-    assert max(copied) == LARGE and other.new[-1] == 5
+    assert max(copied) == LARGE and other.new[LARGE // 2] == 5
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, 5000, (2 << 20) - 1, 2 << 20])
+def test_memory_starts_on_a_page(nbytes: int) -> None:
+    memory = page_aligned(nbytes)
+    assert memory.numel() == nbytes and memory.data_ptr() % 4096 == 0
+    memory.fill_(1)
 
 
 def test_one_touched_page_tells() -> None:
@@ -96,26 +107,50 @@ def test_it_is_unlocked_when_the_model_goes(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(kept, value)  # whoever has a parameter keeps its memory
 
 
-def test_without_memory_a_model_is_left_in_working_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(nbytes: int, device: torch.device) -> torch.Tensor:
-        raise OSError("full")
+@pytest.mark.parametrize("what", ["memory", "lock"])
+def test_without_memory_a_model_is_left_in_working_order(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = watch_locks(monkeypatch)
+    monkeypatch.setattr(host_blocks, "BLOCK_BYTES", 4096)
+    lock, make = vars(host_blocks)["register"], page_aligned
 
-    monkeypatch.setattr(host_blocks, "make_block", fail)
+    def only_small(nbytes: int) -> torch.Tensor:
+        if nbytes > LARGE:
+            raise OSError("full")
+        return make(nbytes)
+
+    if what == "memory":
+        monkeypatch.setattr(host_blocks, "page_aligned", only_small)
+    else:
+        monkeypatch.setattr(
+            host_blocks, "register", lambda block: len(block) <= LARGE and lock(block)
+        )
     model = Encoder()
+    model.last = torch.nn.Parameter(torch.empty(LARGE + 1, dtype=torch.uint8), requires_grad=False)
+    model.beyond = torch.nn.Parameter(torch.randn(1500))
     before = values(model)
-    with pytest.raises(OSError, match="full"):
-        move_parameters(model, torch.device("cpu"), 2)
-    assert all(
-        torch.equal(value, before[name]) for name, value in values(model).items() if name != "new"
-    )
+    with pytest.raises(OSError, match="full|cannot be page-locked"):
+        move_parameters(model, torch.device("cuda", 0), 4)
+    after = values(model)
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - {"new", "last"})
+    places = {item.untyped_storage().data_ptr() for item in model.parameters()}
+    assert locked and locked <= places, "what no parameter got is not page-locked"
+    del model
+    gc.collect()
+    assert not locked
 
 
 def watch_locks(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The addresses that are page-locked, as if there were a device."""
     locked: set[int] = set()
-    monkeypatch.setattr(host_blocks, "register", lambda block: locked.add(block.data_ptr()))
-    for module in (host_blocks, host_supply):
-        monkeypatch.setattr(module, "unregister", lambda block: locked.remove(block.data_ptr()))
+
+    def register(block: torch.Tensor) -> bool:
+        locked.add(block.data_ptr())
+        return True
+
+    monkeypatch.setattr(host_blocks, "register", register)
+    monkeypatch.setattr(host_blocks, "unregister", lambda block: locked.remove(block.data_ptr()))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     return locked
 
@@ -137,8 +172,11 @@ def test_a_supply_makes_ahead_what_is_asked_for_again(monkeypatch: pytest.Monkey
         assert begun == {1000: 1, 5000: 5}, "no more than there can be"
         pieces += [supply.take(7000), supply.take(7000)]
         assert begun[7000] == 2 + 1
+        monkeypatch.setattr(host_supply, "AHEAD_BYTES", 10_000)
+        pieces += [supply.take(9000) for _ in range(3)]
+        assert begun[9000] == 3 + 1, "no more bytes than that ahead"
     assert locked == {piece.data_ptr() for piece in pieces}, "what nobody took is free"
-    assert [piece.numel() for piece in pieces] == [1000] + [5000] * 5 + [7000] * 2
+    assert [piece.numel() for piece in pieces] == [1000] + [5000] * 5 + [7000] * 2 + [9000] * 3
     supply.release()
     assert not locked
     pieces[0].fill_(1)  # whoever still has a piece keeps it
@@ -159,14 +197,14 @@ def test_page_locked_tensors_come_from_the_supply(device: torch.device) -> None:
 
 
 def test_what_a_supply_has_not_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(nbytes: int, device: torch.device) -> torch.Tensor:
+    def fail(nbytes: int) -> torch.Tensor:
         raise OSError("full")
 
     def torchs_own(*size: int, **options: object) -> torch.Tensor:
         return plain(*size)
 
     plain = torch.empty
-    monkeypatch.setattr(host_supply, "make_block", fail)
+    monkeypatch.setattr(host_supply, "page_aligned", fail)
     monkeypatch.setattr(host_supply, "_MAKERS", (torchs_own,))
     with HostSupply(torch.device("cpu"), 1, most=2) as supply, Supplied(supply) as mode:
         found = mode.__torch_function__(torchs_own, (), (10,), {"pin_memory": True})

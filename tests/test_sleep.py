@@ -208,11 +208,11 @@ def test_without_host_memory_nothing_moves(
         with pytest.raises(WeightliftError, match=r"MB of host memory .* still on the device"):
             sleeper.sleep({"model": model})
 
-    def fail(blocks: HostBlocks, nbytes: int) -> torch.Tensor:
+    def fail(nbytes: int) -> torch.Tensor:
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(HostBlocks, "_make", fail)
+        patched.setattr(host_blocks, "page_aligned", fail)
         with pytest.raises(OSError, match="Cannot allocate"):
             sleeper.sleep({"model": model})
     assert not sleeper.is_asleep
@@ -297,7 +297,12 @@ def test_blocks_hold_pieces_apart(device: torch.device) -> None:
 
 def test_blocks_that_are_dropped_are_unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
     registered: set[int] = set()
-    monkeypatch.setattr(host_blocks, "register", lambda block: registered.add(block.data_ptr()))
+
+    def register(block: torch.Tensor) -> bool:
+        registered.add(block.data_ptr())
+        return True
+
+    monkeypatch.setattr(host_blocks, "register", register)
     monkeypatch.setattr(
         host_blocks, "unregister", lambda block: registered.remove(block.data_ptr())
     )

@@ -34,7 +34,7 @@ def _is_page_locked(manager: Any) -> bool:
 
 PATCHES: tuple[Patch, ...] = tuple(
     Patch(
-        target=f"{_RUNTIME}.{module}:LayerwiseOffloadManager._initialize",
+        target=f"{_RUNTIME}.{module}:LayerwiseOffloadManager.{method}",
         versions=versions,
         wrapper=_initialize,
         parameters=("self",),
@@ -45,9 +45,14 @@ PATCHES: tuple[Patch, ...] = tuple(
         upstream="Since 0.5.20 the engine page-locks memory of exact size itself.",
         drop_when="Releases before 0.5.20 are not supported any more.",
     )
-    for module, versions in (
-        ("utils.layerwise_offload", ">=0.5.7,<0.5.11"),
-        ("managers.layerwise_offload", ">=0.5.11,<0.5.13"),
-        ("managers.memory_managers.layerwise_offload", ">=0.5.13,<0.5.20"),
+    for module, method, versions in (
+        ("utils.layerwise_offload", "_initialize", ">=0.5.7,<0.5.11"),
+        ("managers.layerwise_offload", "_initialize", ">=0.5.11,<0.5.13"),
+        ("managers.memory_managers.layerwise_offload", "_initialize", ">=0.5.13,<0.5.19"),
+        (
+            "managers.memory_managers.layerwise_offload",
+            "_initialize_layer_weights",
+            ">=0.5.19,<0.5.20",
+        ),
     )
 )

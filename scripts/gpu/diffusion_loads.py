@@ -234,16 +234,16 @@ def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def brought(module: torch.nn.Module) -> list[int]:
-    """The sum of what FSDP brings to the GPU when the module runs, and how much waits page-locked."""
-    found, locked = 0, 0
+    """How many parameters wait page-locked, and the sum of what FSDP brings to the GPU for a run."""
+    locked = sum(local_of(item).is_pinned() for item in module.parameters())  # before FSDP looks
+    found = 0
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.unshard()
-            whole = [bits_of(item) for item in part.parameters() if not isinstance(item, DTensor)]
+            whole = [item for item in part.parameters() if not isinstance(item, DTensor)]
+            found += sum(bits_of(item) for item in whole)
             part.reshard()
-            found += sum(whole)
-            locked += sum(local_of(item).is_pinned() for item in part.parameters())
-    return [found, locked]
+    return [locked, found]
 
 
 def local_of(parameter: torch.Tensor) -> torch.Tensor:
