@@ -135,9 +135,8 @@ def move_parameters(model: torch.nn.Module, device: torch.device, threads: int) 
     blocks = HostBlocks([parameter.nbytes for parameter in moved], device, threads)
     release = weakref.finalize(model, blocks.release)
     release.atexit = False
-    with (
-        torch._C.DisableTorchFunction()
-    ):  # nothing can be under way to memory that is not known yet
+    # Nothing can be under way to memory that nobody knows yet: a guard has nothing to see.
+    with torch._C.DisableTorchFunction():
         for parameter, piece in zip(moved, blocks.pieces(), strict=True):
             before = parameter.detach().view(-1).view(torch.uint8)
             for part in _written(before):
@@ -147,7 +146,7 @@ def move_parameters(model: torch.nn.Module, device: torch.device, threads: int) 
 
 
 def _written(memory: torch.Tensor) -> list[slice]:
-    """What of some private memory may be written to: all, or what shares pages with its neighbours."""
+    """What of some memory of the heap was written to: all, or at most what shares pages with neighbours."""
     stop = len(memory)
     first, last = -memory.data_ptr() % PAGE, stop - (memory.data_ptr() + stop) % PAGE
     if first < last and are_untouched(memory.data_ptr() + first, last - first):

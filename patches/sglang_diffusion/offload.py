@@ -83,11 +83,13 @@ def _shard_model(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Have FSDP wrap a model on the host without its data, which is handed to it afterwards."""
+    if active_session() is None:
+        return wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     model, mesh = call["model"], call.get("mesh")
     is_whole = mesh is not None and mesh.size() == 1
     is_on_host = all(item.device.type == "cpu" for item in model.parameters())
-    if active_session() is None or not (call["cpu_offload"] and is_whole and is_on_host):
+    if not (call["cpu_offload"] and is_whole and is_on_host):
         return wrapped(*args, **kwargs)
     is_locked = call.get("pin_cpu_memory", True) and torch.cuda.is_available()
     places = _Places(model, is_locked=is_locked)
