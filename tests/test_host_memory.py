@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from collections import Counter
 from concurrent.futures import Future
 
@@ -15,7 +16,14 @@ from weightlift.loading.host_supply import HostSupply, Supplied
 from weightlift.loading.pages import are_untouched
 from weightlift.loading.staging import page_aligned
 
-LARGE = 40 << 20  # malloc gives what is larger than 32 MiB new pages
+LARGE = 40 << 20
+
+
+def new_memory() -> torch.Tensor:
+    """Memory as an allocator gives it: its note before the first byte, and pages that nobody touched."""
+    memory = mmap.mmap(-1, LARGE + 8192, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[0] = 1
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=64, count=LARGE)
 
 
 class Encoder(torch.nn.Module):
@@ -35,7 +43,7 @@ class Encoder(torch.nn.Module):
         self.seen = torch.nn.Parameter(torch.randn(6))
         self.register_buffer("view", self.seen.data[2:])
         self.shared = torch.nn.Parameter(torch.randn(3).share_memory_())  # type: ignore[no-untyped-call]
-        self.new = torch.nn.Parameter(torch.empty(LARGE, dtype=torch.uint8), requires_grad=False)
+        self.new = torch.nn.Parameter(new_memory(), requires_grad=False)
         self.register_buffer("buffer", torch.randn(5))
 
 
