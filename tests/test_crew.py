@@ -495,13 +495,14 @@ def test_a_crew_that_cannot_start_leaves_nothing_behind(
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(ReaderGroup, "await_answers", fail)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             own.take(SPEC)
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before, "a crew of a test before may end meanwhile"
     assert not own._out and own._kept is None
 
 
