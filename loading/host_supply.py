@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,7 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from weightlift.loading.host_blocks import lock, made_by, unlock
 from weightlift.loading.pages import touch
+from weightlift.loading.report import human
 from weightlift.loading.staging import page_aligned
+
+logger = logging.getLogger("weightlift")
 
 AHEAD_BYTES = 1 << 30
 """Of one size, the most that is made before it is asked for; one piece in any case."""
@@ -95,12 +99,12 @@ class Supplied(TorchFunctionMode):
     """Within it, page-locked tensors that torch is asked for come from a supply.
 
     Args:
-        supply: Gives the memory; what it cannot give is torch's.
+        supply: Gives the memory. Once it cannot, one line says so, and torch makes its own.
     """
 
     def __init__(self, supply: HostSupply) -> None:
         super().__init__()
-        self._supply = supply
+        self._supply: HostSupply | None = supply
 
     def __torch_function__(
         self,
@@ -113,13 +117,24 @@ class Supplied(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _MAKERS and kwargs.get("pin_memory") and kwargs.get("device") is None:
             like = func(*args, **{**kwargs, "pin_memory": False, "device": "meta"})
-            nbytes = like.untyped_storage().nbytes()
-            if nbytes:
-                with contextlib.suppress(OSError):  # torch says so if it has none either
-                    piece = self._supply.take(nbytes)
-                    empty = torch.empty(0, dtype=like.dtype)
-                    return empty.set_(piece.untyped_storage(), 0, like.shape, like.stride())
+            memory = self._memory(like.untyped_storage().nbytes())
+            if memory is not None:
+                empty = torch.empty(0, dtype=like.dtype)
+                return empty.set_(memory.untyped_storage(), 0, like.shape, like.stride())
         return func(*args, **kwargs)
+
+    def _memory(self, nbytes: int) -> torch.Tensor | None:
+        if self._supply is None or not nbytes:
+            return None
+        try:
+            return self._supply.take(nbytes)
+        except OSError as error:
+            logger.warning(
+                "weightlift: no page-locked memory of %s (%s); torch makes its own",
+                *(human(nbytes), error),
+            )
+            self._supply = None
+            return None
 
 
 _MAKERS = (torch.empty, torch.empty_strided)

@@ -69,7 +69,10 @@ def are_mapped(pagemap: int, address: int, nbytes: int) -> bool:
 
 
 def are_untouched(address: int, nbytes: int) -> bool:
-    """Whether nobody ever wrote to some memory, or read it; False where the kernel does not tell."""
+    """Whether this process never wrote to or read some memory; False where the kernel does not tell.
+
+    Of private memory without a file, that is to say that it holds nothing.
+    """
     try:
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

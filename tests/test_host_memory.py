@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from weightlift.loading import host_blocks, host_supply
-from weightlift.loading.host_blocks import make_block, move_parameters
+from weightlift.loading.host_blocks import make_block
+from weightlift.loading.host_parameters import move_parameters
 from weightlift.loading.host_supply import HostSupply, Supplied
 from weightlift.loading.pages import are_untouched
 from weightlift.loading.staging import page_aligned
@@ -204,16 +205,21 @@ def test_page_locked_tensors_come_from_the_supply(device: torch.device) -> None:
     assert not flat.is_pinned()
 
 
-def test_what_a_supply_has_not_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_supply_has_not_torch_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
     def fail(nbytes: int) -> torch.Tensor:
+        asked.append(nbytes)
         raise OSError("full")
 
-    def torchs_own(*size: int, **options: object) -> torch.Tensor:
-        return plain(*size)
-
-    plain = torch.empty
     monkeypatch.setattr(host_supply, "page_aligned", fail)
-    monkeypatch.setattr(host_supply, "_MAKERS", (torchs_own,))
-    with HostSupply(torch.device("cpu"), 1, most=2) as supply, Supplied(supply) as mode:
-        found = mode.__torch_function__(torchs_own, (), (10,), {"pin_memory": True})
-    assert found.shape == (10,) and found.device.type == "cpu"
+    with HostSupply(torch.device("cpu"), 1, most=2) as supply, Supplied(supply):
+        for _ in range(2):
+            if torch.cuda.is_available():
+                assert torch.empty(10, pin_memory=True).is_pinned()
+            else:
+                with pytest.raises(RuntimeError, match="pin_memory"):
+                    torch.empty(10, pin_memory=True)
+    assert asked == [40] and caplog.text.count("no page-locked memory of 40 B (full)") == 1

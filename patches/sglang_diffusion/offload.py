@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from weightlift.compat.patch import Patch
 from weightlift.loading.budget import reader_count
-from weightlift.loading.host_blocks import move_parameters
+from weightlift.loading.host_parameters import move_parameters
 from weightlift.loading.report import human
 from weightlift.loading.session import NamedWeights, active_session
 from weightlift.patches.shadow import shadowed
