@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.buffers import memory_of
 from weightlift.loading.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.landing import Landing
 from weightlift.loading.lazy import LazyTensor, as_reported, data_of, geometry, place_of
+from weightlift.loading.plain import can_wait, is_plain
 from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
 from weightlift.loading.source import JoinedSource
@@ -226,21 +226,24 @@ class Copies:
             self.landing.observed(tensors)
         self.settle(tensors)
 
+    def postpone(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        """Make a loader's copy of what is still being read later, so that it need not wait.
+
+        What it copies is held until then, while the device has room for that. A ledger takes down
+        single tensors' copies alone, so with one none waits.
+        """
+        if self.ledger is not None or self.is_exhausted or self.delivery.is_idle:
+            return False
+        with torch._C.DisableTorchFunction():
+            if not self.delivery.touches(source) or not can_wait(target, source):
+                return False
+            if not self.delivery.has_room_for_later(source.device):
+                return False
+            self.landing.observed([target, source])
+            self.delivery.copy_later(target, source.detach())
+        return True
+
     def abort(self, reason: PlanAborted) -> PlanAborted:
         """Remember that this load cannot be finished by plan, and why; returns ``reason``."""
         self.aborted = self.aborted or reason
         return reason
-
-
-def is_plain(target: torch.Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether readers may write to this target's memory themselves."""
-    return (
-        target.shape == shape
-        and (target.is_cuda or target.is_cpu)
-        and target.layout is torch.strided
-        and (type(target) in _PLAIN_TYPES or not is_traceable_wrapper_subclass(target))
-        and not (target.is_conj() or target.is_neg())
-    )
-
-
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)

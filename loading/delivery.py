@@ -92,6 +92,10 @@ class Delivery:
         if self._later.is_full:
             self.flush()
 
+    def has_room_for_later(self, device: torch.device) -> bool:
+        """See :meth:`LaterCopies.have_room`."""
+        return self._later.have_room(device)
+
     def touches(self, tensor: torch.Tensor) -> bool:
         """Whether bytes may still be on their way into this tensor's storage."""
         if tensor.layout is not torch.strided or tensor.is_meta:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from weightlift.loading.checkpoint import Checkpoint
-from weightlift.loading.copies import is_plain
 from weightlift.loading.parameters import span
+from weightlift.loading.plain import is_plain
 from weightlift.loading.session import LoadSession
 from weightlift.loading.transfer import Run, Transfer, row_major
 

@@ -46,6 +46,8 @@ class PendingGuard(TorchFunctionMode):
         if not (only_views(func, args) or _is_recorded(func, args, kwargs)):
             tensors = tensors_in((*args, *kwargs.values()))
             real = [item for item in tensors if not isinstance(item, LazyTensor)]
+            if func == COPY and len(args) == len(real) == 2 and self._recorder.postpone(*real):
+                return args[0]
             if real:
                 self._recorder.observed(func, real)
         return func(*args, **kwargs)

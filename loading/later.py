@@ -7,6 +7,8 @@ from typing import Final
 
 import torch
 
+from weightlift.loading.budget import free_memory
+
 LATER_BYTES: Final = 1 << 30
 """Copies wait until they take so much: what they copy is memory that is taken twice."""
 
@@ -30,6 +32,10 @@ class LaterCopies:
         """Whether they should wait no longer."""
         return self._nbytes > LATER_BYTES
 
+    def have_room(self, device: torch.device) -> bool:
+        """Whether this device may hold what copies wait for besides what it is copied to."""
+        return not self.is_empty or free_memory(device) > 2 * LATER_BYTES
+
     def add(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """One more.
 
@@ -39,11 +45,11 @@ class LaterCopies:
         """
         with self._lock, torch._C.DisableTorchFunction():  # a guard would have them made here
             self._copies.append((target.detach(), source))
-            self._storages.add(target.untyped_storage().data_ptr())
+            self._storages |= {item.untyped_storage().data_ptr() for item in (target, source)}
             self._nbytes += target.nbytes
 
     def touch(self, tensor: torch.Tensor) -> bool:
-        """Whether one of them goes to this tensor's storage."""
+        """Whether one of them goes to this tensor's storage, or comes from it."""
         return tensor.untyped_storage().data_ptr() in self._storages
 
     def make(self) -> None:

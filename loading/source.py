@@ -50,6 +50,10 @@ class Recorder(Protocol):
     def observed(self, func: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
         """Note that a loader runs ``func`` on these real tensors, and settle them."""
 
+    def postpone(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        """Make a copy between real tensors once its source has its bytes; False if it cannot wait."""
+        ...
+
     def settle(self, tensors: Iterable[torch.Tensor]) -> None:
         """Return once no transfer into these tensors' storages is under way."""
 

@@ -71,7 +71,7 @@ def _by_plan(
     report: LoadReport,
 ) -> Any:
     """Reload with lazy tensors; if that cannot be, with real ones."""
-    session = LoadSession(settings, report)
+    session = LoadSession(settings, report, all_wait=True)
     was_meta = meta_names(model)
 
     def load_weights(original: Any, weights: NamedWeights) -> Any:
@@ -111,16 +111,20 @@ def _leave(model: torch.nn.Module, report: LoadReport) -> None:
     """
     distributed = torch.distributed
     is_alone = not distributed.is_initialized() or distributed.get_world_size() == 1
+    _put_back(model)
     if is_alone and report.bytes_needed == 0:
-        _put_back(model)
         logger.error("weightlift: the reload failed; the model is as it was")
     else:
-        logger.error("weightlift: the reload failed and left the model without weights; restart it")
+        _layerwise().initialize_layerwise_reload(model)
+        logger.error(
+            "weightlift: the reload failed and left the model without weights; restart it, "
+            "or reload a checkpoint that is whole"
+        )
 
 
 def _put_back(model: torch.nn.Module) -> None:
     """Let modules that are not reloaded yet have their weights again, which the engine set aside."""
-    engine: Any = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
+    engine = _layerwise()
     for layer in model.modules():
         info = engine.get_layerwise_info(layer)
         if info.load_numel_total is not None and info.kernel_tensors is not None:
@@ -128,6 +132,10 @@ def _put_back(model: torch.nn.Module) -> None:
         info.reset()
     if hasattr(model, "_original_do_torchao_reload"):
         model._do_torchao_reload = model._original_do_torchao_reload
+
+
+def _layerwise() -> Any:
+    return importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
 
 
 def _record(target: str, versions: str) -> Patch:
@@ -139,8 +147,9 @@ def _record(target: str, versions: str) -> Patch:
         why="The engine copies tensor by tensor on one thread while it reads, and a file that is damaged "
         "leaves a model on the meta device.",
         how="The model's own `load_weights` gets lazy tensors; each module is read as the engine puts it "
-        "in place. After damage that shows before a byte is read, one rank alone has its weights again; "
-        "else the model has none, as in stock.",
+        "in place, and what the engine then copies to where the kernels know it waits for up to 1 GiB "
+        "of it. After damage that shows before a byte is read, one rank alone has its weights again; "
+        "else the model has none, until a reload of a checkpoint that is whole.",
         upstream="Nothing of the kind is proposed.",
         drop_when="The engine's own reload reads at the speed of the hardware.",
     )

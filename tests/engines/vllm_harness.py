@@ -106,8 +106,9 @@ def load(case: dict[str, Any], config: Any, rank: int, port: int) -> dict[str, A
             except Exception as error:
                 if kind != "damage" or "injected" not in str(error):
                     raise
-                absent = [name for name, item in model.named_parameters() if item.is_meta]
-                return {"absent": len(absent)}
+                there = [name for name, item in model.named_parameters() if not item.is_meta]
+                reload_weights(config, model, case["reload"])
+                return {"there": there, "hash": state_hash(model)}
         found = stored[-1] if case.get("as_stored") else state_hash(model)
         return {"hash": found, "parameters": len(list(model.parameters()))}
 
