@@ -17,7 +17,7 @@ from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.header import TensorEntry
-from weightlift.loading.landing import Landing
+from weightlift.loading.landing import DType, Landing
 from weightlift.loading.lazy import LazyTensor, as_reported, data_of, geometry, place_of
 from weightlift.loading.plain import can_wait, is_plain
 from weightlift.loading.recording import Ledger
@@ -60,7 +60,7 @@ class Copies:
         """Whether concatenations stay lazy; a ledger takes down the copies of single tensors."""
         return self.ledger is None
 
-    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> bool:
+    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: DType) -> bool:
         """See :meth:`Landing.begin`; without a ledger alone, for what it reads goes unnoticed.
 
         Raises:
@@ -119,7 +119,9 @@ class Copies:
         if is_small:
             self._copy_now(target, lazy)
             return
-        if not self.landing.copy(target, lazy):
+        is_there = self.landing.copy(target, lazy)
+        self.report.landed += is_there
+        if not is_there:
             self.delivery.add(transfer)
         if self.is_exhausted:
             self.delivery.flush()
@@ -235,9 +237,8 @@ class Copies:
         if self.ledger is not None or self.is_exhausted or self.delivery.is_idle:
             return False
         with torch._C.DisableTorchFunction():
-            if not self.delivery.touches(source) or not can_wait(target, source):
-                return False
-            if not self.delivery.has_room_for_later(source.device):
+            is_awaited = self.delivery.touches(source) and can_wait(target, source)
+            if not (is_awaited and self.delivery.has_room_for_later(source.device)):
                 return False
             self.landing.observed([target, source])
             self.delivery.copy_later(target, source.detach())

@@ -16,6 +16,7 @@ from weightlift.loading.files import ShardFile
 from weightlift.loading.later import LaterCopies
 from weightlift.loading.placement import window_bytes
 from weightlift.loading.plan import Plan, Window
+from weightlift.loading.pools import Pools
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.readers import open_readers
 from weightlift.loading.report import LoadReport
@@ -37,6 +38,7 @@ class Delivery:
         before_write: Called once, before the first byte is written; what it raises keeps the gate
             shut. Without it the gate is open from the start, and reading overlaps planning.
         exchange: How ranks of this host share the reading, if they may.
+        pools: Readers that it shares with other loads, and that outlast it; without an exchange.
     """
 
     def __init__(
@@ -45,8 +47,11 @@ class Delivery:
         report: LoadReport,
         before_write: Callable[[], None] | None = None,
         exchange: Exchange | None = None,
+        pools: Pools | None = None,
     ) -> None:
         self._settings = settings
+        self._shared = pools
+        self._load = None if pools is None else self
         self._report = report
         self._before_write = before_write
         self._exchange = exchange
@@ -173,7 +178,7 @@ class Delivery:
             if self._exchange is not None:
                 self._share(self._exchange)
         for device, plan in list(self._plans.items()):
-            plan.flush(self._pools[device].drain)
+            plan.flush(functools.partial(self._pools[device].drain, self._load))
         self._later.make()
 
     def _share(self, exchange: Exchange) -> None:
@@ -209,20 +214,23 @@ class Delivery:
         if self.is_gated or self._exchange is not None:
             self._held.append((device, window))
         else:
-            self._pool(device).submit(window)
+            self._pool(device).submit(window, self._load)
 
     def close(self) -> None:
-        """End the readers, and hold nothing of what was to be filled."""
+        """End the readers or, if they are shared, what they do for this load; then hold nothing."""
         with ExitStack() as closing:
             for held in (self._plans, self._held, self._later, self._deferred):
                 closing.callback(held.clear)
             for pool in self._pools.values():
-                closing.callback(pool.close)
+                end = pool.close if self._shared is None else functools.partial(pool.wait, self)
+                closing.callback(end)
 
     def _pool(self, device: torch.device) -> ReaderPool:
         with self._lock:
             if device not in self._pools:
-                pool = self._pools[device] = open_readers(device, self._settings)
+                shared = self._shared
+                pool = shared.of(device) if shared else open_readers(device, self._settings)
+                self._pools[device] = pool
                 self._report.threads += pool.readers
             return self._pools[device]
 

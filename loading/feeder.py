@@ -81,10 +81,10 @@ class CrewReaders(ReaderPool):
         self._is_ended = True
         self._needed.set()
 
-    def wait(self) -> None:
-        """Return once nothing is under way, whatever became of it."""
+    def wait(self, load: object = None) -> None:
+        """Return once nothing of a load is under way, whatever became of it."""
         self._nap = _SHORT_NAP
-        super().wait()
+        super().wait(load)
         self._nap = _NAP
 
     def work(self) -> None:

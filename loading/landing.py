@@ -38,6 +38,9 @@ _LARGE_BYTES = 1 * MIB
 _BLOCK_BYTES = 512
 """What blocks are multiples of."""
 
+DType = torch.dtype | None
+"""What tensors are wanted as; None for what they are."""
+
 Sized = tuple[TensorEntry, int]
 """A tensor, and what it takes."""
 
@@ -56,16 +59,19 @@ class Landing:
         self._given: tuple[Source, torch.Tensor] | None = None
         self._wasted = 0
 
-    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> bool:
+    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: DType) -> bool:
         """Have tensors read and cast, if the device has room for them and more; says whether it has.
 
         Args:
             checkpoint: Its open shards.
             device: Where the loader will want them.
             dtype: What it will want them as; a floating one. Of others only floating ones are read.
+                None if it will copy them, as they are, to memory that it makes: that has to have
+                room, too.
         """
         wanted = sum(_nbytes(entry, dtype) for entry in checkpoint.entries())
-        if not wanted or wanted + SPARE_BYTES > free_memory(device):
+        needed = wanted if dtype is not None else 2 * wanted
+        if not wanted or needed + SPARE_BYTES > free_memory(device):
             return False
         with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
             for shard in checkpoint.shards:
@@ -73,12 +79,13 @@ class Landing:
         self._delivery.hand_on()
         return True
 
-    def _begin(self, shard: Shard, device: torch.device, dtype: torch.dtype) -> None:
+    def _begin(self, shard: Shard, device: torch.device, dtype: DType) -> None:
         sized = [(entry, _nbytes(entry, dtype)) for entry in shard.tensors.values()]
-        for entries in together((item for item in sized if item[1]), SEGMENT_BYTES):
+        most = SEGMENT_BYTES if dtype is not None else shard.file.size  # all of that is given back
+        for entries in together((item for item in sized if item[1]), most):
             make_room([nbytes for _, nbytes in entries], device)
             for entry, _ in entries:
-                memory = torch.empty(entry.shape, dtype=dtype, device=device)
+                memory = torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
                 source = entry.dtype, entry.shape, row_major(entry.shape)
                 self._delivery.add(Transfer(shard.file, entry.offset, *source, memory))
                 self._memory[shard.file, entry.name] = memory
@@ -170,8 +177,10 @@ class Landing:
             self._given = None
 
 
-def _nbytes(entry: TensorEntry, dtype: torch.dtype) -> int:
+def _nbytes(entry: TensorEntry, dtype: DType) -> int:
     """What a tensor takes as this; 0 if it is not to be read."""
+    if dtype is None:
+        return entry.nbytes
     if entry.dtype != dtype and not (entry.dtype.is_floating_point and entry.dtype.itemsize > 1):
         return 0  # eight bits come with a scale, and whole numbers are no weights
     return entry.nbytes // entry.dtype.itemsize * dtype.itemsize

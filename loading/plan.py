@@ -35,6 +35,8 @@ class Window:
     """Work on the recording thread's stream that must come before these bytes land."""
     issued: Callable[[torch.Event | None], None] | None = None
     """Called by the reader with what tells that the bytes are in place, or that they never will."""
+    load: object = None
+    """Whose it is, where loads share readers."""
 
     @property
     def span(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import queue
 import threading
+from collections import Counter
 from typing import Final
 
 import torch
@@ -17,8 +18,8 @@ WINDOWS_AHEAD: Final = 4096
 
 
 class ReaderPool(abc.ABC):
-    """The readers of one load, for one device. Fed by one thread at a time: its plan's, which may do
-    some of the work.
+    """Readers for one device, of one load or of several that follow each other. Fed by one thread at a
+    time: the one that plans, which may do some of the work.
 
     Args:
         device: Where the windows go: the CPU or a CUDA device.
@@ -31,8 +32,8 @@ class ReaderPool(abc.ABC):
     def __init__(self, device: torch.device, readers: int) -> None:
         self.readers = readers
         self._device = device
-        self._placed: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._under_way = 0
+        self._placed: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._under_way: Counter[object] = Counter()
         self._failure: BaseException | None = None
         self._workers: list[threading.Thread] = []
         self._streams: dict[int, torch.cuda.Stream] = {}
@@ -64,12 +65,13 @@ class ReaderPool(abc.ABC):
     def end(self) -> None:
         """Have the threads drop the windows that wait, and end."""
 
-    def submit(self, window: Window) -> None:
-        """Hand on a window; waits while too many are ahead of the readers.
+    def submit(self, window: Window, load: object = None) -> None:
+        """Hand on a window of a load; waits while too many are ahead of the readers.
 
         Raises:
             CheckpointError: A window before this one could not be read.
         """
+        window.load = load
         if not self.offer(window):
             self._check()
 
@@ -79,9 +81,9 @@ class ReaderPool(abc.ABC):
             return False
         if window.ready is None:
             window.ready = self.work_before()
-        if self._under_way == WINDOWS_AHEAD:
+        if self._under_way.total() >= WINDOWS_AHEAD:
             self._await_one()
-        self._under_way += 1
+        self._under_way[window.load] += 1
         self.hand_on(window)
         return True
 
@@ -102,20 +104,20 @@ class ReaderPool(abc.ABC):
         """Why a window could not be read; those after it are not."""
         return self._failure
 
-    def drain(self) -> None:
-        """Return once every window is in place.
+    def drain(self, load: object = None) -> None:
+        """Return once every window of a load is in place; None: of those that are of none.
 
         Raises:
-            CheckpointError: One of them could not be read.
+            CheckpointError: One of them, or of another load, could not be read.
         """
-        self.wait()
+        self.wait(load)
         self._check()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def wait(self) -> None:
-        """Return once nothing is under way, whatever became of it."""
-        while self._under_way:
+    def wait(self, load: object = None) -> None:
+        """Return once nothing of a load is under way, whatever became of it."""
+        while self._under_way[load]:
             self._await_one()
 
     def close(self) -> None:
@@ -133,15 +135,17 @@ class ReaderPool(abc.ABC):
         """Note that a window is in place, or never will be."""
         if window.issued is not None:
             window.issued(None)
-        self._placed.put(None)
+        self._placed.put(window.load)
 
     def _check(self) -> None:
         if self._failure is not None:
             raise self._failure
 
     def _await_one(self) -> None:
-        self._placed.get()
-        self._under_way -= 1
+        load = self._placed.get()
+        self._under_way[load] -= 1
+        if not self._under_way[load]:
+            del self._under_way[load]  # it may have ended
 
 
 class HostReaders(ReaderPool):

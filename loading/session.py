@@ -21,6 +21,7 @@ from weightlift.loading.header import TensorEntry
 from weightlift.loading.lazy import CPU, LazyTensor
 from weightlift.loading.lazy_functions import lazy_tensor
 from weightlift.loading.leftovers import adopt_lazy, find_lazy, meta_names
+from weightlift.loading.pools import Pools
 from weightlift.loading.progress import Progress
 from weightlift.loading.recording import Ledger
 from weightlift.loading.report import LoadReport
@@ -49,6 +50,7 @@ class LoadSession:
         weights: Gives the lazy tensors of a checkpoint that the loader must see; all if left out.
         before_write: Called once, before the first byte is written; see :class:`Delivery`.
         exchange: How ranks of this host share the reading, if they may.
+        pools: Readers that it shares with other loads.
         all_wait: Whether small copies wait for readers as large ones do: on a device that is busy
             with large copies each takes a millisecond at once. For loaders that read none back.
     """
@@ -61,6 +63,7 @@ class LoadSession:
         weights: Callable[[LoadSession, Checkpoint], NamedWeights] | None = None,
         before_write: Callable[[], None] | None = None,
         exchange: Exchange | None = None,
+        pools: Pools | None = None,
         *,
         all_wait: bool = False,
     ) -> None:
@@ -70,7 +73,7 @@ class LoadSession:
         self._exchange = exchange
         self._weights = weights or LoadSession.lazies
         self.is_finished = False
-        self.delivery = Delivery(settings, report, before_write, exchange)
+        self.delivery = Delivery(settings, report, before_write, exchange, pools)
         self._copies = Copies(self.delivery, report, ledger, all_wait=all_wait)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
         self._begun: dict[tuple[str, ...], Checkpoint] = {}
@@ -127,7 +130,7 @@ class LoadSession:
             self.delivery.read_alone("its bytes are in page-locked memory already")
         return checkpoint
 
-    def begin(self, files: Sequence[str], device: torch.device, dtype: torch.dtype) -> bool:
+    def begin(self, files: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> bool:
         """:meth:`open` these shards before the loader does, and begin to read; see :meth:`Copies.begin`."""
         checkpoint = self._begun[tuple(files)] = self.open(files)
         return self._copies.begin(checkpoint, device, dtype)
@@ -164,8 +167,9 @@ class LoadSession:
         That is the order of the stock iterators, and what some models rely on. With ``wanted``,
         only these; they say that they are on ``device``.
         """
-        is_heard = self.report.rank == 0
-        with Progress(checkpoint.nbytes, self._bytes_read, visible=is_heard) as progress:
+        with Progress(
+            checkpoint.nbytes, self._bytes_read, visible=not self.report.rank
+        ) as progress:
             for shard in checkpoint.shards:
                 for name in sorted(shard.tensors):
                     if wanted is None or name in wanted:
@@ -217,9 +221,8 @@ class LoadSession:
         self.flush()
         if self.aborted is not None:
             raise self.aborted
-        leftover = find_lazy(model) if len(self._sources) else ""
-        leftover = leftover or min(meta_names(model) - was_meta, default="")
-        if leftover:
+        lazy = find_lazy(model) if len(self._sources) else ""
+        if leftover := lazy or min(meta_names(model) - was_meta, default=""):
             raise self.abort(PlanAborted(f"{leftover} of the model was left without its data"))
         self.is_finished = True
 
@@ -242,9 +245,8 @@ class LoadSession:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)
             closing.callback(self._lent.close)
             closing.callback(self.delivery.close)  # before what it reads from is given back
-            self.report.count(
-                [shard.file for held, _ in self._checkpoints for shard in held.shards]
-            )
+            files = [shard.file for held, _ in self._checkpoints for shard in held.shards]
+            self.report.count(files)
 
     def _bytes_read(self) -> int:
         return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)

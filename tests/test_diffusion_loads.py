@@ -39,10 +39,11 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="session")
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pipeline of each kind, a wide one and damaged ones, each in a folder."""
+    """A folder with a pipeline of each kind, two whose encoders come second in size, and others."""
     folder = tmp_path_factory.mktemp("pipelines")
     engine = diffusion_and_sglang(NEWEST)
     made = {f"sound {kind}": (kind, 64) for kind in NAMES}
+    made |= {f"broad {kind}": (kind, 1024) for kind in ("wan", "flux")}
     made |= {f"damaged {component}": ("wan", 64) for component in ("transformer", "text_encoder")}
     arguments: list[object] = []
     for place, (kind, width) in {**made, "wide": ("wan", WIDTH)}.items():
@@ -129,6 +130,36 @@ def test_stock_and_weightlift_leave_and_make_the_same(
     error = runs.error("damaged text_encoder")
     assert "text_encoder" in error and ".safetensors" in error and "truncated" in error
     assert sizes(pipelines) == before
+
+
+@pytest.mark.parametrize(
+    "version",
+    releases(
+        *("0.5.17", NEWEST),
+        more=[v for v in diffusion_releases() if not is_before(v, "0.5.13.post1")],
+    ),
+)
+def test_text_encoders_are_read_before_their_turn(
+    version: str, pipelines: Path, tmp_path: Path
+) -> None:
+    cases: list[dict[str, Any]] = []
+    for kind in ("wan", "flux"):
+        case = {"model": str(pipelines / "broad" / NAMES[kind]), "flags": RESIDENT}
+        asked = {**case, "env": ASKED, "ahead": True}
+        cases += [{**case, "name": f"{kind} stock", "stock": True}, {**asked, "name": kind}]
+        if is_before(version, "0.5.18"):  # later ones keep nothing on the host of a CPU
+            cases.append({**asked, "name": f"{kind} on the host", "flags": ON_THE_HOST})
+    runs = run(version, cases, tmp_path)
+    landed = []
+    for kind in ("wan", "flux"):
+        (stock,), (ours,) = runs.told[f"{kind} stock"], runs.told[kind]
+        assert {**ours, "case": ""} == {**stock, "case": ""}, kind
+    for load in runs.reports:
+        component = Path(load["model_path"]).name
+        if component.startswith("text_encoder") and load["landed"]:
+            assert load["landed"] == load["planned"]
+            landed.append(component)
+    assert landed == ["text_encoder", "text_encoder_2"], "what comes next, if it is not on the host"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from engines.page_cache import cached
 
 from weightlift.loading.benchmark import make_cold
 from weightlift.loading.read_ahead import CHUNK_BYTES, ReadAhead
-from weightlift.patches.sglang_diffusion.pipelines import PipelineLoad
+from weightlift.loading.settings import Settings
+from weightlift.patches.sglang_diffusion.pipeline_load import PipelineLoad
 
 SIZE = 3 * CHUNK_BYTES + 100
 
@@ -88,8 +89,8 @@ def test_a_pipeline_has_the_files_of_all_components_read(files: list[Path]) -> N
     for component, file in zip(("vae", "transformer"), files, strict=True):
         (root / component).mkdir()
         file.rename(root / component / "model.safetensors")
-    load = PipelineLoad(["vae", "scheduler", "transformer"], by_size=True)
-    with load.ahead:
+    components = ["vae", "scheduler", "transformer"]
+    with PipelineLoad(components, Settings(), None, by_size=True) as load:
         load.begin(str(root / "scheduler"))
         load.begin(str(root / "vae"))
         wait_for(load.ahead, 2 * SIZE)

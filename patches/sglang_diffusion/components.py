@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ import torch
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import CheckpointError, PlanAborted
-from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
-from weightlift.patches.sglang_diffusion.pipelines import current_load
+from weightlift.patches.sglang_diffusion.pipeline_load import current_load, refusal_of, report_of
 from weightlift.patches.shadow import shadowed
 
 logger = logging.getLogger("weightlift")
@@ -39,22 +37,17 @@ class _Component:
         self._damage: CheckpointError | None = None
         self._path = path
         self._settings = settings
+        self._pipeline = current_load()
 
     def load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of the loader's own ``load_customized``."""
-        report = LoadReport(
-            engine="sglang",
-            version=context_of("sglang").engine.version,
-            phase="launch",
-            model_path=self._path,
-            rank=rank(),
-        )
-        reason = _refusal(self._path)
+        session = self._session()
+        report, reason = session.report, refusal_of(Path(self._path))
         if reason:
             report.fall_back(reason)
             component = original(*args, **kwargs)
         else:
-            component = self._by_plan(report, original, *args, **kwargs)
+            component = self._by_plan(session, original, *args, **kwargs)
         if report.tensors or report.fallback_reason:
             report.architecture = type(component).__name__
             report.finish(self._settings)
@@ -66,12 +59,18 @@ class _Component:
             raise self._damage
         return original(*args, **kwargs)
 
+    def _session(self) -> LoadSession:
+        if self._pipeline is not None:
+            return self._pipeline.session_for(self._path)
+        report = report_of(self._path, "launch")
+        return LoadSession(self._settings, report, all_wait=True)
+
     def _by_plan(
-        self, report: LoadReport, original: Callable[..., Any], *args: Any, **kwargs: Any
+        self, session: LoadSession, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         put_back = _process_state()
         try:
-            return self._planned(report, original, *args, **kwargs)
+            return self._planned(session, original, *args, **kwargs)
         except CheckpointError as error:
             self._damage = error
             raise
@@ -79,13 +78,13 @@ class _Component:
             reason = str(error)
         # The error is gone, and with its traceback the session and the component that was half built.
         logger.warning("weightlift: %s is loaded again by the engine: %s", self._path, reason)
-        report.fall_back(reason)
+        session.report.fall_back(reason)
         gc.collect()
         put_back()  # layers are initialised once more
         return original(*args, **kwargs)
 
     def _planned(
-        self, report: LoadReport, original: Callable[..., Any], *args: Any, **kwargs: Any
+        self, session: LoadSession, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Load once, by plan.
 
@@ -93,9 +92,9 @@ class _Component:
             PlanAborted: That cannot be, whatever the loader made of it.
             CheckpointError: A file is damaged.
         """
-        session = LoadSession(self._settings, report, all_wait=True)
+        report = session.report
         try:
-            with session, _told(session):
+            with self._pipeline.on(session) if self._pipeline else nullcontext(), session:
                 with session.armed():
                     component = original(*args, **kwargs)
                 if isinstance(component, torch.nn.Module):
@@ -142,38 +141,6 @@ def _process_state() -> Callable[[], None]:
             torch.cuda.set_rng_state(on_device)
 
     return put_back
-
-
-@contextmanager
-def _told(session: LoadSession) -> Iterator[None]:
-    """Have whoever reads ahead know of this session."""
-    pipeline = current_load()
-    if pipeline is None:
-        yield
-        return
-    pipeline.session = session
-    try:
-        yield
-    finally:
-        pipeline.session = None
-
-
-def rank() -> int:
-    """Of this process among those of the engine."""
-    distributed = torch.distributed
-    is_one_of_many = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_rank() if is_one_of_many else 0
-
-
-def _refusal(path: str) -> str:
-    """Why a component is left to the engine, or ''."""
-    try:
-        config = json.loads(Path(path, "config.json").read_text())
-    except (OSError, ValueError):  # a scheduler, a single file; or the engine will tell
-        return ""
-    if isinstance(config, dict) and config.get("quantization_config"):
-        return "quantised weights were not tested with planned loading"
-    return ""
 
 
 _COMPONENT_NOTES = {

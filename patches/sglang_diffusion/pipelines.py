@@ -2,69 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
-from weightlift.loading.budget import page_cache_share
 from weightlift.loading.errors import WeightliftError
-from weightlift.loading.read_ahead import ReadAhead, shards_in
 from weightlift.loading.readers import warm_up
-from weightlift.loading.session import LoadSession
 from weightlift.patches import SGLANG_DIFFUSION
+from weightlift.patches.sglang_diffusion.pipeline_load import PipelineLoad
 
 logger = logging.getLogger("weightlift")
 
 _RUNTIME = "sglang.multimodal_gen.runtime"
 _MODULE = f"{_RUNTIME}.pipelines_core.composed_pipeline_base"
-
-
-class PipelineLoad:
-    """The load of a pipeline, component by component.
-
-    Args:
-        components: Their names, in the order of the pipeline.
-        by_size: Whether the engine loads the largest first.
-
-    Attributes:
-        session: The load of the component that is on, if it goes by plan.
-        ahead: What reads the files of later ones.
-    """
-
-    def __init__(self, components: Sequence[str], *, by_size: bool) -> None:
-        self.session: LoadSession | None = None
-        self.ahead = ReadAhead(self._is_busy, page_cache_share())
-        self._components = components
-        self._by_size = by_size
-        self._is_known = False
-
-    def begin(self, component: str) -> None:
-        """A component begins to load from this folder; the first one tells where the others are."""
-        if not self._is_known and os.environ.get("LOCAL_RANK", "0") == "0":
-            self._is_known = True
-            root = Path(component).parent
-            found = [shards_in(root / name) for name in self._components]
-            if self._by_size:
-                found.sort(key=lambda files: -sum(file.stat().st_size for file in files))
-            self.ahead.add(file for files in found for file in files)
-
-    def _is_busy(self) -> bool:
-        session = self.session
-        return session is not None and not session.delivery.is_idle
-
-
-_current: list[PipelineLoad] = []
-
-
-def current_load() -> PipelineLoad | None:
-    """The load of a pipeline that is on in this process, if one is."""
-    return _current[-1] if _current else None
 
 
 def _load_modules(
@@ -81,13 +36,10 @@ def _load_modules(
     by_size = "order_component_load_specs" in wrapped.__globals__  # from 0.5.13 on
     if torch.cuda.is_available():
         warm_up(torch.device("cuda", torch.cuda.current_device()), settings)
-    load = PipelineLoad(instance.required_config_modules, by_size=by_size)
-    _current.append(load)
-    try:
-        with load.ahead:
-            return wrapped(*args, **kwargs)
-    finally:
-        _current.remove(load)
+    server_args = inspect.signature(wrapped).bind(*args, **kwargs).arguments["server_args"]
+    components = instance.required_config_modules
+    with PipelineLoad(components, settings, server_args, by_size=by_size):
+        return wrapped(*args, **kwargs)
 
 
 def _refuse_load_modules(

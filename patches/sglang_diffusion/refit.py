@@ -14,13 +14,12 @@ from packaging.specifiers import SpecifierSet
 from weightlift.compat.context import context_of
 from weightlift.loading.errors import WeightliftError
 from weightlift.loading.read_ahead import shards_in
-from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.transaction import Transaction
 from weightlift.patches import SGLANG_DIFFUSION
 from weightlift.patches.sglang_diffusion.agreement import voter
-from weightlift.patches.sglang_diffusion.components import rank
 from weightlift.patches.sglang_diffusion.modules import is_apart, take
+from weightlift.patches.sglang_diffusion.pipeline_load import report_of
 
 logger = logging.getLogger("weightlift")
 
@@ -102,16 +101,10 @@ def _apply(
     modules: Modules, folders: dict[str, Path], before_write: Callable[[], None]
 ) -> tuple[Exception | None, bool]:
     """Plan all, then write; returns what failed, if something did, and whether anything was written."""
-    context = context_of("sglang")
-    settings = context.settings()
-    report = LoadReport(
-        engine="sglang",
-        version=context.engine.version,
-        phase="update",
-        model_path=", ".join(sorted({str(folder.parent) for folder in folders.values()})),
-        rank=rank(),
-        architecture=", ".join(type(module).__name__ for module in modules.values()),
-    )
+    settings = context_of("sglang").settings()
+    parents = sorted({str(folder.parent) for folder in folders.values()})
+    report = report_of(", ".join(parents), "update")
+    report.architecture = ", ".join(type(module).__name__ for module in modules.values())
     # Nothing is written before the first flush: what is wrong with any module is found before that.
     session = LoadSession(settings, report, before_write=before_write, all_wait=True)
     failure = None

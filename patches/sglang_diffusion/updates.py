@@ -18,8 +18,8 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
 from weightlift.loading.transaction import Transaction, active_transaction
-from weightlift.patches.sglang_diffusion.components import rank
 from weightlift.patches.sglang_diffusion.modules import complete, is_apart, loads_itself, take
+from weightlift.patches.sglang_diffusion.pipeline_load import report_of
 from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
 from weightlift.patches.shadow import shadowed
 
@@ -46,14 +46,8 @@ def _apply_weights(
         return done
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     modules: dict[str, torch.nn.Module] = dict(call["modules_to_update"])
-    report = LoadReport(
-        engine="sglang",
-        version=context_of("sglang").engine.version,
-        phase="update",
-        model_path=str(next(iter(call["weights_map"].values()), "")),
-        rank=rank(),
-        architecture=", ".join(type(module).__name__ for module in modules.values()),
-    )
+    report = report_of(str(next(iter(call["weights_map"].values()), "")), "update")
+    report.architecture = ", ".join(type(module).__name__ for module in modules.values())
     update = _Update(functools.partial(wrapped, *args, **kwargs), instance, modules, transaction)
     before = _is_updating.set(True)
     try:

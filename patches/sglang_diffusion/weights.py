@@ -16,7 +16,7 @@ from weightlift.loading.lazy import LazyTensor
 from weightlift.loading.session import NamedWeights, active_session
 from weightlift.patches import SGLANG_DIFFUSION
 from weightlift.patches.planned import ITERATOR_NOTES
-from weightlift.patches.sglang_diffusion.pipelines import current_load
+from weightlift.patches.sglang_diffusion.pipeline_load import current_load
 from weightlift.patches.shadow import shadowed
 
 _LOADER = "sglang.multimodal_gen.runtime.loader"
@@ -65,6 +65,8 @@ def _maybe_load_fsdp_model(
     dtype = call.get("default_dtype") or call["param_dtype"]  # the former up to 0.5.8
     if device is not None and dtype is not None and session.begin(files, device, dtype):
         _is_read(files)
+        if (pipeline := current_load()) is not None:
+            pipeline.device = device
     return wrapped(*args, **kwargs)
 
 
@@ -110,6 +112,8 @@ def _load_full_state_dict(
     model = call["model"]
     with shadowed(model, "load_state_dict", _unwatched) if _only_assigns(model) else nullcontext():
         result = wrapped(*args, **kwargs)
+    if (pipeline := current_load()) is not None:
+        pipeline.begin_next()  # all of this model has been asked for
     session.adopt(model)
     return result
 

@@ -11,6 +11,7 @@ sequence        true for several ranks that share sequences, not tensors
 memory          true to watch memory meanwhile
 mapped          true for transformers that are taken to stay on the host beside a GPU
 hindered        true where nothing can be read before the engine asks for it
+ahead           true for text encoders that are read before their turn, as to a GPU
 layers          true for a transformer whose layers are moved to the host then, as beside a GPU
 offloaded       true for encoders that FSDP keeps on the host, as beside a GPU
 updates, sleeps see ``diffusion_changes``
@@ -204,6 +205,10 @@ def run(case: dict[str, Any], rank: int, port: int) -> dict[str, Any]:
         from weightlift.loading import landing
 
         landing.free_memory = cannot_tell
+    if case.get("ahead"):
+        from weightlift.patches.sglang_diffusion import pipeline_load
+
+        pipeline_load.DEVICES = ("cpu",)
     given = offload_encoders(case.get("stock", False)) if case.get("offloaded") else []
     if case.get("trials"):
         return tried(case, rank, port)

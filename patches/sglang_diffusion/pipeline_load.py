@@ -1,0 +1,195 @@
+"""The load of a pipeline: what its components share, and what is read of later ones meanwhile."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightlift.compat.context import context_of
+from weightlift.loading.budget import page_cache_share
+from weightlift.loading.errors import WeightliftError
+from weightlift.loading.pools import Pools
+from weightlift.loading.read_ahead import ReadAhead, shards_in
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession
+from weightlift.loading.settings import Settings
+
+logger = logging.getLogger("weightlift")
+
+DEVICES = ("cuda",)
+"""Which have a link that would be idle, and memory that is not the host's."""
+
+_LOADERS = "sglang.multimodal_gen.runtime.loader.component_loaders"
+
+
+class PipelineLoad:
+    """The load of a pipeline, component by component. A context manager; leaving it ends its readers.
+
+    Args:
+        components: Their names, in the order of the pipeline.
+        settings: What holds for it.
+        server_args: The engine's.
+        by_size: Whether the engine loads the largest first.
+
+    Attributes:
+        session: The load of the component that is on, if it goes by plan.
+        device: Where that is read before the loader asks for it, if it is.
+        pools: The readers that its components share.
+        ahead: What brings the files of later ones into the page cache.
+    """
+
+    def __init__(
+        self, components: Sequence[str], settings: Settings, server_args: Any, *, by_size: bool
+    ) -> None:
+        self.session: LoadSession | None = None
+        self.device: torch.device | None = None
+        self.pools = Pools(settings)
+        self.ahead = ReadAhead(self._is_busy, page_cache_share())
+        self._components = components
+        self._settings = settings
+        self._server_args = server_args
+        self._by_size = by_size
+        self._to_come: list[list[Path]] | None = None  # once it is known
+        self._next: tuple[Path, LoadSession] | None = None
+        self._ahead_of_time: LoadSession | None = None
+
+    def begin(self, component: str) -> None:
+        """A component begins to load from this folder; the first one tells where the others are."""
+        folder = Path(component)
+        if self._to_come is None:
+            found = [shards_in(folder.parent / name) for name in self._components]
+            if self._by_size:
+                found.sort(key=lambda files: -sum(file.stat().st_size for file in files))
+            self._to_come = [files for files in found if files]
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                self.ahead.add(file for files in found for file in files)
+        self._to_come = [files for files in self._to_come if files[0].parent != folder]
+        self.device = None
+
+    def begin_next(self) -> None:
+        """Begin to read a text encoder that comes next, behind what is still read of this component.
+
+        The link to the device would be idle while the engine builds it. It is read to memory of its
+        own, and the loader copies from there.
+        """
+        device, files = self.device, self._to_come[0] if self._to_come else []
+        if device is None or device.type not in DEVICES or self._next or not self._is_next(files):
+            return
+        if self.session is not None:
+            self.session.delivery.hand_on()  # or it would wait for its last bytes behind these
+        session = self._session(files[0].parent)
+        self._next = files[0].parent, session
+        try:
+            if session.begin([str(file) for file in files], device, None):
+                self.ahead.drop(map(str, files))
+                return
+        except WeightliftError as error:  # the load of that component will tell
+            logger.debug("weightlift: %s is not read ahead: %s", files[0].parent, error)
+        self._end_next()
+
+    def _is_next(self, files: list[Path]) -> bool:
+        """Whether these are of a text encoder that goes to the device as it is stored."""
+        if not files or not files[0].parent.name.startswith("text_encoder"):
+            return False
+        folder = files[0].parent
+        return not (refusal_of(folder) or _starts_on_host(self._server_args, folder.name))
+
+    def session_for(self, component: str) -> LoadSession:
+        """The load of a component that begins now, or has begun."""
+        folder = Path(component)
+        if self._next is None or self._next[0] != folder:
+            return self._session(folder)
+        (_, self._ahead_of_time), self._next = self._next, None
+        assert self._ahead_of_time is not None
+        return self._ahead_of_time
+
+    @contextmanager
+    def on(self, session: LoadSession) -> Iterator[None]:
+        """Within this, a session is the load that is on; it ends within."""
+        self.session = session
+        try:
+            yield
+        finally:
+            self.session = None
+            if session is self._ahead_of_time:
+                self._ahead_of_time = None
+                torch.cuda.empty_cache()  # the memory that it was copied from
+
+    def _session(self, folder: Path) -> LoadSession:
+        report = report_of(str(folder), "launch")
+        return LoadSession(self._settings, report, pools=self.pools, all_wait=True)
+
+    def _end_next(self) -> None:
+        """Let go of what was begun and is not loaded."""
+        if self._next is not None:
+            (_, session), self._next = self._next, None
+            with session:
+                pass
+            torch.cuda.empty_cache()
+
+    def _is_busy(self) -> bool:
+        sessions = (self.session, self._next[1] if self._next else None)
+        return any(session and not session.delivery.is_idle for session in sessions)
+
+    def __enter__(self) -> PipelineLoad:
+        _current.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _current.remove(self)
+        with self.pools, self.ahead:
+            self._end_next()
+
+
+_current: list[PipelineLoad] = []
+
+
+def current_load() -> PipelineLoad | None:
+    """The load of a pipeline that is on in this process, if one is."""
+    return _current[-1] if _current else None
+
+
+def rank() -> int:
+    """Of this process among those of the engine."""
+    distributed = torch.distributed
+    is_one_of_many = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_rank() if is_one_of_many else 0
+
+
+def report_of(path: str, phase: str) -> LoadReport:
+    """The report of a load that begins, of this rank."""
+    version = context_of("sglang").engine.version
+    return LoadReport(engine="sglang", version=version, phase=phase, model_path=path, rank=rank())
+
+
+def refusal_of(folder: Path) -> str:
+    """Why a component is left to the engine, or ''."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):  # a scheduler, a single file; or the engine will tell
+        return ""
+    if isinstance(config, dict) and config.get("quantization_config"):
+        return "quantised weights were not tested with planned loading"
+    return ""
+
+
+def _starts_on_host(server_args: Any, component: str) -> bool:
+    """Whether the engine loads a text encoder to the host, at least at first."""
+    asks = getattr(server_args, "should_start_component_on_cpu", None)  # from 0.5.18 on
+    if asks is not None:
+        return bool(asks(component))
+    try:
+        loader = importlib.import_module(f"{_LOADERS}.component_loader").ComponentLoader
+    except ImportError:  # up to 0.5.8
+        loader = None
+    in_layers = getattr(loader, "_is_component_set_as_layerwise_load", None)  # from 0.5.13 on
+    is_in_layers = in_layers is not None and in_layers(server_args, component)
+    return bool(server_args.text_encoder_cpu_offload or is_in_layers)

@@ -1,0 +1,261 @@
+"""Components of a pipeline that share readers, and the text encoder that is read before it is built."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from weightlift.loading import landing, pools, readers
+from weightlift.loading.errors import CheckpointError, PlanAborted
+from weightlift.loading.files import ShardFile
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession
+from weightlift.loading.settings import Settings
+from weightlift.patches.sglang_diffusion import pipeline_load
+from weightlift.patches.sglang_diffusion.pipeline_load import PipelineLoad
+
+COMPONENTS = ("vae", "text_encoder", "scheduler", "transformer")
+CPU = torch.device("cpu")
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A pipeline: its transformer is the largest component, its text encoder the second."""
+    for component, rows in (("vae", 2), ("text_encoder", 8), ("transformer", 32)):
+        (tmp_path / component).mkdir()
+        for shard in (1, 2):
+            named = {f"{component}.{shard}.{n}": torch.randn(rows, 16) for n in range(3)}
+            save_file(named, tmp_path / component / f"model-{shard}.safetensors")
+    return tmp_path
+
+
+@pytest.fixture(params=["auto", "processes"])
+def opened(
+    request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[PipelineLoad]:
+    """The load of the pipeline, of which the transformer is on and reads what it will be made of."""
+    monkeypatch.setattr(pipeline_load, "report_of", lambda path, phase: LoadReport(phase=phase))
+    monkeypatch.setattr(pipeline_load, "DEVICES", ("cpu",))
+    settings = Settings(num_load_threads=2, readers=request.param)
+    server_args = types.SimpleNamespace(text_encoder_cpu_offload=False)
+    with PipelineLoad(COMPONENTS, settings, server_args, by_size=True) as load:
+        load.begin(str(folder / "transformer"))
+        load.device = CPU
+        yield load
+
+
+def files_of(folder: Path) -> list[str]:
+    return [str(file) for file in sorted(folder.glob("*.safetensors"))]
+
+
+def stored(folder: Path) -> Tensors:
+    return {name: value for file in files_of(folder) for name, value in load_file(file).items()}
+
+
+def loaded(session: LoadSession, folder: Path, then: Callable[[], None] = bool) -> Tensors:  # type: ignore[assignment]
+    """What a loader gets that copies everything to memory of its own; ``then`` is done at its end."""
+    found = {}
+    with session.armed():
+        for name, lazy in session.iterate(files_of(folder)):
+            found[name] = torch.empty(lazy.shape)
+            found[name].copy_(lazy)
+        then()
+        session.end()
+    return found
+
+
+def are_equal(left: Tensors, right: Tensors) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
+
+
+def has_begun(load: PipelineLoad, folder: Path) -> bool:
+    """Whether a text encoder is being read before its turn."""
+    with load.session_for(str(folder / "text_encoder")) as session:
+        begun = bool(session._begun)
+        session.flush()
+    return begun
+
+
+def test_a_text_encoder_is_read_behind_the_transformer(
+    opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make(*given: Any) -> Any:
+        made.append(given)
+        return readers.open_readers(*given)
+
+    monkeypatch.setattr(pools, "open_readers", make)
+    for component in ("transformer", "text_encoder"):
+        opened.begin(str(folder / component))
+        opened.device = CPU
+        session = opened.session_for(str(folder / component))
+        with opened.on(session), session:
+            found = loaded(session, folder / component, opened.begin_next)
+        assert are_equal(found, stored(folder / component))
+        assert session.report.landed == (len(found) if component == "text_encoder" else 0)
+        sizes = [Path(file).stat().st_size for file in files_of(folder / component)]
+        assert session.report.bytes_read <= sum(sizes), "each byte once"
+    assert len(made) == 1, "they share their readers"
+
+
+def test_a_load_waits_for_its_own_bytes_alone(
+    opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if opened._settings.readers == "processes":
+        pytest.skip("processes cannot be held up from here")
+    may_read, read = threading.Event(), ShardFile.read_into
+    were_let: list[bool] = []
+
+    def wait(self: ShardFile, *given: Any) -> Any:
+        is_readers = threading.current_thread().name.startswith("weightlift-reader")
+        if "text_encoder" in str(self.path) and is_readers:
+            were_let.append(may_read.wait(10))
+        return read(self, *given)
+
+    monkeypatch.setattr(ShardFile, "read_into", wait)
+    session = opened.session_for(str(folder / "transformer"))
+    with opened.on(session), session:
+        found = loaded(session, folder / "transformer", opened.begin_next)
+    assert are_equal(found, stored(folder / "transformer"))
+    assert opened._is_busy()
+    may_read.set()
+    assert has_begun(opened, folder) and were_let and all(were_let)
+
+
+def _not_on_a_device(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    load.device = None
+
+
+def _on_the_host(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    load._server_args.text_encoder_cpu_offload = True
+
+
+def _on_the_host_since_0_5_18(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    load._server_args.should_start_component_on_cpu = "text_encoder".__eq__
+
+
+def _quantised(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    config = {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
+
+
+def _without_room(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    size = sum(value.nbytes for value in stored(folder / "text_encoder").values())
+    patch.setattr(landing, "free_memory", lambda device: landing.SPARE_BYTES + 2 * size - 1)
+
+
+def _without_readers(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no readers")
+
+    with patch.context() as patched:
+        patched.setattr(pools, "open_readers", fail)
+        load.begin_next()
+
+
+def _damaged(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    file = folder / "text_encoder" / "model-2.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    load.begin_next()
+    file.write_bytes(whole)
+
+
+OBSTACLES = (
+    *(_not_on_a_device, _on_the_host, _on_the_host_since_0_5_18, _quantised, _without_room),
+    *(_without_readers, _damaged),
+)
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda item: item.__name__.strip("_"))
+def test_what_cannot_be_read_ahead_is_loaded_in_its_turn(
+    obstacle: Any, opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    obstacle(opened, folder, monkeypatch)
+    if obstacle not in (_without_readers, _damaged):
+        opened.begin_next()
+    session = opened.session_for(str(folder / "text_encoder"))
+    assert not session._begun
+    with session:
+        assert are_equal(loaded(session, folder / "text_encoder"), stored(folder / "text_encoder"))
+    assert session.report.landed == 0
+
+
+def test_components_come_in_the_order_of_the_engine(opened: PipelineLoad, folder: Path) -> None:
+    opened._to_come = [opened._to_come[-1]] if opened._to_come else []  # a VAE is next
+    opened.begin_next()
+    assert not has_begun(opened, folder)
+
+
+def test_what_is_read_ahead_and_never_loaded_is_let_go_of(
+    opened: PipelineLoad, folder: Path
+) -> None:
+    opened.begin_next()
+    assert opened._next is not None
+    memory = opened._next[1]._copies.landing._memory
+    held = [weakref.ref(item) for item in memory.values()]
+    assert len(held) == 6
+    opened._end_next()
+    gc.collect()
+    assert not any(item() is not None for item in held)
+    with opened.session_for(str(folder / "text_encoder")) as session:
+        assert are_equal(loaded(session, folder / "text_encoder"), stored(folder / "text_encoder"))
+
+
+def test_damage_that_reading_ahead_finds_is_told_and_readers_are_made_anew(
+    opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened.session_for(str(folder / "transformer"))
+    shard = folder / "text_encoder" / "model-1.safetensors"
+    size = shard.stat().st_size
+    whole = shard.read_bytes()
+    begin = LoadSession.begin
+
+    def begin_late(self: LoadSession, *given: Any) -> bool:
+        for entry in [self.open(given[0])]:
+            self._begun[tuple(given[0])] = entry
+        with open(shard, "r+b") as file:
+            file.truncate(size - 100)  # after its header was read
+        return begin(self, *given)
+
+    monkeypatch.setattr(LoadSession, "begin", begin_late)
+    with pytest.raises(CheckpointError, match=r"text_encoder.*model-1"), session:
+        opened.begin_next()
+        opened._next[1].flush()  # type: ignore[index]
+    shard.write_bytes(whole)
+    monkeypatch.undo()
+    opened._end_next()
+    monkeypatch.setattr(pipeline_load, "report_of", lambda path, phase: LoadReport(phase=phase))
+    again = opened.session_for(str(folder / "transformer"))
+    with again:
+        assert are_equal(loaded(again, folder / "transformer"), stored(folder / "transformer"))
+
+
+def test_a_load_that_is_given_up_leaves_the_next_one_alone(
+    opened: PipelineLoad, folder: Path
+) -> None:
+    session = opened.session_for(str(folder / "transformer"))
+    with pytest.raises(PlanAborted), session, session.armed():
+        for _, lazy in session.iterate(files_of(folder / "transformer")):
+            torch.empty(lazy.shape).copy_(lazy)
+        opened.begin_next()
+        raise session.abort(PlanAborted("for the test"))
+    following = opened.session_for(str(folder / "text_encoder"))
+    with opened.on(following), following:
+        found = loaded(following, folder / "text_encoder")
+    assert are_equal(found, stored(folder / "text_encoder"))
+    assert following.report.landed == len(found)
