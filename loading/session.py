@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -10,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading.checkpoint import Checkpoint, Shard
 from weightlift.loading.copies import Copies
 from weightlift.loading.delivery import Delivery
 from weightlift.loading.errors import PlanAborted, UnsupportedCheckpoint
@@ -76,7 +77,7 @@ class LoadSession:
         self.delivery = Delivery(settings, report, before_write, exchange, pools)
         self._copies = Copies(self.delivery, report, ledger, all_wait=all_wait)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
-        self._begun: dict[tuple[str, ...], Checkpoint] = {}
+        self._begun: dict[str, Shard] = {}
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._plan_started = report.started
         self._lent = ExitStack()
@@ -118,9 +119,9 @@ class LoadSession:
             CheckpointError: A shard is missing, damaged, or does not match its index.
             PlanAborted: A dtype that this torch does not have.
         """
-        files = tuple(files)
-        if files in self._begun:
-            return self._begun.pop(files)
+        files = [os.path.abspath(file) for file in files]
+        if files and self._begun.keys() >= set(files):  # perhaps not all of what was begun
+            return Checkpoint([self._begun.pop(file) for file in files])
         try:
             checkpoint = self.hold(Checkpoint.open(files), drop_cache=drop_cache)
         except UnsupportedCheckpoint as error:
@@ -132,7 +133,8 @@ class LoadSession:
 
     def begin(self, files: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> bool:
         """:meth:`open` these shards before the loader does, and begin to read; see :meth:`Copies.begin`."""
-        checkpoint = self._begun[tuple(files)] = self.open(files)
+        checkpoint = self.open(files)
+        self._begun.update((shard.file.path, shard) for shard in checkpoint.shards)
         return self._copies.begin(checkpoint, device, dtype)
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:

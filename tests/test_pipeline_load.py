@@ -112,6 +112,21 @@ def test_a_text_encoder_is_read_behind_the_transformer(
     assert len(made) == 1, "they share their readers"
 
 
+def test_a_loader_may_want_some_of_the_files_in_another_order(
+    opened: PipelineLoad, folder: Path
+) -> None:
+    opened.begin_next()
+    encoder = folder / "text_encoder"
+    save_file({"more": torch.ones(4)}, encoder / "model-3.safetensors")
+    with opened.session_for(str(encoder)) as session, session.armed():
+        names = []
+        for file in reversed(files_of(encoder)[:2]):
+            names += [name for name, _ in session.iterate([f"{encoder}//{Path(file).name}"])]
+        assert names == [f"text_encoder.{shard}.{n}" for shard in (2, 1) for n in range(3)]
+        assert len(session._checkpoints) == 1, "no file was opened twice"
+        assert [name for name, _ in session.iterate(files_of(encoder)[2:])] == ["more"]
+
+
 def test_a_load_waits_for_its_own_bytes_alone(
     opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,8 +241,8 @@ def test_damage_that_reading_ahead_finds_is_told_and_readers_are_made_anew(
     begin = LoadSession.begin
 
     def begin_late(self: LoadSession, *given: Any) -> bool:
-        for entry in [self.open(given[0])]:
-            self._begun[tuple(given[0])] = entry
+        checkpoint = self.open(given[0])
+        self._begun.update((shard.file.path, shard) for shard in checkpoint.shards)
         with open(shard, "r+b") as file:
             file.truncate(size - 100)  # after its header was read
         return begin(self, *given)
