@@ -49,7 +49,7 @@ class CrewReaders(ReaderPool):
         self._needed = threading.Event()
         self._nap = _NAP
         self._is_ready = self._is_ended = False
-        self._is_sound = True
+        self._is_sound = self._knows_places = True
         self._crew: Crew
         self._writer: Writer
         self._submission: Submission
@@ -229,11 +229,13 @@ class CrewReaders(ReaderPool):
         file, done = window.file, functools.partial(self.finish, window)
         staged, stage = file.staged_view(window.start, window.stop), active_stage()
         if staged is not None:
+            self._knows_places = False
             is_whole = stage is not None and not stage.is_straddling(staged)
             self._submission.bring(window, staged, done, is_whole=is_whole)
             return
         locked = file.locked_view(window.start, window.stop) if self._spec.pinned else None
         if locked is not None:
+            self._knows_places = False
             self._submission.bring(window, locked, done, is_whole=True)
         else:
             self._asked.append(self._submission.ask(window))

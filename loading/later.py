@@ -58,7 +58,7 @@ class LaterCopies:
             for target, source in self._copies:
                 target.copy_(source)
             for device in {source.device for _, source in self._copies if source.is_cuda}:
-                torch.cuda.synchronize(device)
+                torch.cuda.current_stream(device).synchronize()
             self.clear()
 
     def clear(self) -> None:

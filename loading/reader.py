@@ -36,6 +36,7 @@ class ReaderPool(abc.ABC):
         self._under_way: Counter[object] = Counter()
         self._failure: BaseException | None = None
         self._workers: list[threading.Thread] = []
+        self._knows_places = False  # whether a window that is finished is in place for certain
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._index = device.index or 0
         if device.type == "cuda" and device.index is None:
@@ -112,8 +113,8 @@ class ReaderPool(abc.ABC):
         """
         self.wait(load)
         self._check()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type == "cuda" and (load is None or not self._knows_places):
+            torch.cuda.synchronize(self._device)  # waits for what other loads have read, too
 
     def wait(self, load: object = None) -> None:
         """Return once nothing of a load is under way, whatever became of it."""

@@ -8,17 +8,22 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_session import COPIES, Loader
 
 from weightlift.loading import delivery, landing, later, placement
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.lazy import LazyTensor
+from weightlift.loading.pools import Pools
+from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
+from weightlift.loading.settings import Settings
 
 FLOAT = torch.float32
 
@@ -426,3 +431,34 @@ def test_a_file_cut_short_meanwhile_is_an_error(save: Any, open_session: Any) ->
             opened.truncate(500)
         session._copies.landing.begin(session._checkpoints[0][0], torch.device("cpu"), FLOAT)
         session.flush()
+
+
+@pytest.mark.parametrize("times", range(5))
+def test_loads_that_share_readers_wait_for_their_own_bytes(
+    device: torch.device, save: Any, times: int
+) -> None:
+    names = [f"w{number:02d}" for number in range(8)]
+    files = save(*({name: torch.randn(1024, 1024) for name in names} for _ in range(2)))
+    first_file, second_file = files
+    settings = Settings(num_load_threads=2, readers="processes")
+    with Pools(settings) as pools, ExitStack() as opened:
+        first, second = (
+            opened.enter_context(LoadSession(settings, LoadReport(), pools=pools, all_wait=True))
+            for _ in range(2)
+        )
+        with first.armed():
+            found = {}
+            for name, lazy in first.iterate([first_file]):
+                found[name] = torch.empty(lazy.shape, device=device)
+                found[name].copy_(lazy)
+            first.delivery.hand_on()
+            assert second.begin([second_file], device, None)
+            first.end()
+        for name, expected in load_file(first_file).items():
+            assert torch.equal(found[name].cpu(), expected)
+        with second.armed():
+            for name, lazy in second.guard(second.iterate([second_file])):
+                found[name].copy_(lazy)
+        for name, expected in load_file(second_file).items():
+            assert torch.equal(found[name].cpu(), expected)
+        assert second.report.landed == len(names)
