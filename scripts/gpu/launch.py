@@ -7,7 +7,7 @@ takes, such as fastsafetensors. Other flags go to the server (--tp-size 2).
 
 Prints a table and writes OUT/launch.json. Needs SGLang and weightlift in this Python's path. A
 stock launch that compiles kernels comes first and does not count. A way that fails is not tried again;
-the others go on.
+the others go on. One that launches and cannot update has what its launch took in the table.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ FLAGS = (
     "--port 30000"
 ).split()
 OURS = ("weightlift", "exchange")
+EXTRA = {"fastsafetensors": {"enable_gds": False}}
+"""What ways need besides: direct storage, where the host has none, ends the server."""
 START_SECONDS = 240
 """A first launch, which compiles kernels, took 188 s on a slow host."""
 UPDATES = 3
@@ -73,20 +75,22 @@ def run(model: str, logs: Path, way: str, name: str, flags: list[str]) -> dict[s
     environ["WEIGHTLIFT_EXCHANGE"] = "auto" if way == "exchange" else "off"
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *FLAGS, *flags]
     command += [] if is_ours or way == "stock" else ["--load-format", way]
+    if way in EXTRA:
+        command += ["--model-loader-extra-config", json.dumps(EXTRA[way])]
     with log.open("wb") as file:
         server = subprocess.Popen(
             command, stdout=file, stderr=file, env=environ, start_new_session=True
         )
     try:
         wait_until_up(server, log)
-        before = ask("generate", PROMPT)["output_ids"]
-        updates = []
-        for _ in range(UPDATES):
-            started = time.perf_counter()
-            answer = ask("update_weights_from_disk", {"model_path": model})
-            updates.append(time.perf_counter() - started)
-            assert answer["success"], answer
-        after = ask("generate", PROMPT)["output_ids"]
+        before = after = ask("generate", PROMPT)["output_ids"]
+        updates, problem = [], ""
+        try:
+            for _ in range(UPDATES):
+                updates.append(update(model))
+            after = ask("generate", PROMPT)["output_ids"]
+        except OSError as error:
+            problem = f"{error}: {told_by(error) or log.read_text()[-2000:]}"
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -99,10 +103,24 @@ def run(model: str, logs: Path, way: str, name: str, flags: list[str]) -> dict[s
         "way": way,
         "load_weight_s": max(map(float, elapsed), default=None),
         "updates_s": updates,
+        "problem": problem,
         "reports": loads,
         "tokens": before,
         "tokens_after_update": after,
     }
+
+
+def update(model: str) -> float:
+    """Seconds of an update from request to answer."""
+    started = time.perf_counter()
+    answer = ask("update_weights_from_disk", {"model_path": model})
+    assert answer["success"], answer
+    return time.perf_counter() - started
+
+
+def told_by(error: OSError) -> str:
+    """What the server says of an error of its own."""
+    return error.read().decode()[:500] if isinstance(error, urllib.error.HTTPError) else ""
 
 
 def line_of(result: dict[str, Any]) -> str:
@@ -111,7 +129,7 @@ def line_of(result: dict[str, Any]) -> str:
     updates = " ".join(f"{seconds:.3f}" for seconds in result["updates_s"])
     return (
         f"{result['name']:10s} {result['way']:15s} Load weight {result['load_weight_s']} s, "
-        f"updates {updates} s, inside {' '.join(inner)}"
+        f"updates {updates} s, inside {' '.join(inner)} {result['problem']}"
     )
 
 
@@ -119,8 +137,9 @@ def medians_of(way: str, results: list[dict[str, Any]]) -> str:
     """The medians of the launches of a way, in one line."""
     mine = [result for result in results if result["way"] == way]
     launch = statistics.median(result["load_weight_s"] for result in mine)
-    update = statistics.median(second for result in mine for second in result["updates_s"])
-    return f"{way:15s} median: Load weight {launch:.2f} s, update {update:.3f} s"
+    seconds = [second for result in mine for second in result["updates_s"]]
+    told = f"{statistics.median(seconds):.3f} s" if seconds else "none"
+    return f"{way:15s} median: Load weight {launch:.2f} s, update {told}"
 
 
 def main() -> None:
@@ -146,12 +165,13 @@ def main() -> None:
             print(f"{way} failed: {error}", flush=True)
             continue
         print(line_of(results[-1]), flush=True)
+        if results[-1]["problem"]:
+            failed.add(way)
         (given.out / "launch.json").write_text(json.dumps(results, indent=1))
     assert len({str(result["tokens"]) for result in results}) == 1, "the tokens differ"
     assert all(result["tokens"] == result["tokens_after_update"] for result in results)
-    for way in given.ways:
-        if way not in failed:
-            print(medians_of(way, results[1:]))
+    for way in dict.fromkeys(result["way"] for result in results[1:]):
+        print(medians_of(way, results[1:]))
     print("the tokens are the same in all launches, before and after updates")
     if failed:
         raise SystemExit(f"failed: {', '.join(sorted(failed))}")
