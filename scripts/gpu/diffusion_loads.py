@@ -9,7 +9,7 @@ case, stock and with weightlift. Groups of cases, all if none is named:
 launch    with all components on the GPU, three times, files in the page cache
 offload   with the text encoder on the host, layer by layer, likewise, once
 fsdp      with the text encoder on the host by FSDP, likewise, once
-layers    with the layers of the transformer on the host, likewise, once
+layers    with the layers of the transformer brought to the host then, likewise, once
 change    then updated twice, and three times asleep and awake again
 cold      with no file in the page cache
 
@@ -182,7 +182,9 @@ def load(folder: Path, group: str, flags: list[str]) -> dict[str, Any]:
     components.load_component = timed(components.load_component, seconds, waits=False)
     if not torch.cuda.is_available():
         diffusion_on_cpu.platform_for_cpu()
-    pipeline, _ = harness.build({"model": str(folder), "flags": flags}, 0, 29700)
+    pipeline, server_args = harness.build({"model": str(folder), "flags": flags}, 0, 29700)
+    if group == "layers":
+        move_layers(pipeline, server_args, seconds)
     if group == "change":
         update = WeightsUpdater(pipeline).update_weights_from_disk
         for name in ("first update", "second update"):
@@ -196,6 +198,15 @@ def load(folder: Path, group: str, flags: list[str]) -> dict[str, Any]:
             sums[name] = [type(module).__name__, hash(tuple(values)), *brought(module)]
     scratch = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"seconds": seconds, "sums": sums, "peak": scratch, "host": host}
+
+
+def move_layers(pipeline: Any, server_args: Any, seconds: dict[str, float]) -> None:
+    """Have the engine bring layers to the host, as its worker does once the pipeline is built."""
+    from sglang.multimodal_gen.runtime.managers.memory_managers import layerwise_offload
+
+    move = timed(layerwise_offload.configure_layerwise_offload_modules, seconds, "layers moved")
+    names = server_args.layerwise_offload_components
+    assert move(pipeline.modules, server_args, component_names=names), "nothing was moved"
 
 
 def sleep_and_wake_up(pipeline: Any, seconds: dict[str, float]) -> int:
