@@ -60,7 +60,9 @@ class Copies:
         """Whether concatenations stay lazy; a ledger takes down the copies of single tensors."""
         return self.ledger is None
 
-    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: DType) -> bool:
+    def begin(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: DType, room: int = 0
+    ) -> bool:
         """See :meth:`Landing.begin`; without a ledger alone, for what it reads goes unnoticed.
 
         Raises:
@@ -69,7 +71,7 @@ class Copies:
         """
         assert self.ledger is None
         try:
-            return self.landing.begin(checkpoint, device, dtype)
+            return self.landing.begin(checkpoint, device, dtype, room)
         except CheckpointError:
             raise
         except Exception as error:  # whatever hinders it, the engine's own load may still be had

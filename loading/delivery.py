@@ -208,7 +208,7 @@ class Delivery:
     def _release(self) -> None:
         held, self._held = self._held, []
         for device, window in held:
-            self._pool(device).submit(window)
+            self._pool(device).submit(window, self._load)
 
     def _submit(self, device: torch.device, window: Window) -> None:
         if self.is_gated or self._exchange is not None:
@@ -216,14 +216,19 @@ class Delivery:
         else:
             self._pool(device).submit(window, self._load)
 
-    def close(self) -> None:
-        """End the readers or, if they are shared, what they do for this load; then hold nothing."""
+    def close(self, *, is_interrupted: bool = False) -> None:
+        """End the readers or, if they are shared, what they do for this load; then hold nothing.
+
+        Args:
+            is_interrupted: Whether by Ctrl-C, which may come where what is under way is counted.
+        """
         with ExitStack() as closing:
             for held in (self._plans, self._held, self._later, self._deferred):
                 closing.callback(held.clear)
             for pool in self._pools.values():
-                end = pool.close if self._shared is None else functools.partial(pool.wait, self)
-                closing.callback(end)
+                is_over = self._shared is None or is_interrupted or pool.failure is not None
+                # After a failure writers may be at work on windows that count as finished
+                closing.callback(pool.close if is_over else functools.partial(pool.leave, self))
 
     def _pool(self, device: torch.device) -> ReaderPool:
         with self._lock:

@@ -175,7 +175,10 @@ class CrewReaders(ReaderPool):
                     if not (is_feeder or copies_alone(self._offered[0])):
                         break
                     window = self._offered.popleft()
-                    self._begin(window)
+                    if window.load in self._left:
+                        self.finish(window)
+                    else:
+                        self._begin(window)
                     window = None
         except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
             self._give_up(error)

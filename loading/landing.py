@@ -59,19 +59,21 @@ class Landing:
         self._given: tuple[Source, torch.Tensor] | None = None
         self._wasted = 0
 
-    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: DType) -> bool:
+    def begin(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: DType, room: int = 0
+    ) -> bool:
         """Have tensors read and cast, if the device has room for them and more; says whether it has.
 
         Args:
             checkpoint: Its open shards.
             device: Where the loader will want them.
             dtype: What it will want them as; a floating one. Of others only floating ones are read.
-                None if it will copy them, as they are, to memory that it makes: that has to have
-                room, too.
+                None if it will copy them to memory that it makes.
+            room: Bytes that it takes for each element then, besides.
         """
         wanted = sum(_nbytes(entry, dtype) for entry in checkpoint.entries())
-        needed = wanted if dtype is not None else 2 * wanted
-        if not wanted or needed + SPARE_BYTES > free_memory(device):
+        copied = sum(entry.nbytes // entry.dtype.itemsize for entry in checkpoint.entries()) * room
+        if not wanted or wanted + copied + SPARE_BYTES > free_memory(device):
             return False
         with torch._C.DisableTorchFunction():  # no guard: this is no work of the loader's
             for shard in checkpoint.shards:

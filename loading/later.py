@@ -45,8 +45,10 @@ class LaterCopies:
         """
         with self._lock, torch._C.DisableTorchFunction():  # a guard would have them made here
             self._copies.append((target.detach(), source))
-            self._storages |= {item.untyped_storage().data_ptr() for item in (target, source)}
-            self._nbytes += target.nbytes
+            held = source.untyped_storage()
+            if held.data_ptr() not in self._storages:
+                self._nbytes += held.nbytes()
+            self._storages |= {held.data_ptr(), target.untyped_storage().data_ptr()}
 
     def touch(self, tensor: torch.Tensor) -> bool:
         """Whether one of them goes to this tensor's storage, or comes from it."""

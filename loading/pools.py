@@ -22,7 +22,6 @@ class Pools:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._pools: dict[torch.device, ReaderPool] = {}
-        self._failed: list[ReaderPool] = []
         self._lock = threading.Lock()
 
     def of(self, device: torch.device) -> ReaderPool:
@@ -30,7 +29,7 @@ class Pools:
         with self._lock:
             found = self._pools.get(device)
             if found is not None and found.failure is not None:
-                self._failed.append(self._pools.pop(device))
+                found.close()
                 found = None
             if found is None:
                 found = self._pools[device] = open_readers(device, self._settings)
@@ -41,5 +40,5 @@ class Pools:
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as closing:
-            for pool in (*self._pools.values(), *self._failed):
+            for pool in self._pools.values():
                 closing.callback(pool.close)

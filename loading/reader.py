@@ -34,6 +34,7 @@ class ReaderPool(abc.ABC):
         self._device = device
         self._placed: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._under_way: Counter[object] = Counter()
+        self._left: set[object] = set()
         self._failure: BaseException | None = None
         self._workers: list[threading.Thread] = []
         self._knows_places = False  # whether a window that is finished is in place for certain
@@ -121,6 +122,12 @@ class ReaderPool(abc.ABC):
         while self._under_way[load]:
             self._await_one()
 
+    def leave(self, load: object) -> None:
+        """Drop what waits of a load that ends, and return once nothing of it is under way."""
+        self._left.add(load)
+        self.wait(load)
+        self._left.discard(load)
+
     def close(self) -> None:
         """Drop what waits, end the threads and wait for them."""
         self._failure = self._failure or RuntimeError("this load is closed")
@@ -172,7 +179,7 @@ class HostReaders(ReaderPool):
         with torch.inference_mode():
             while (window := self._waiting.get()) is not None:
                 try:
-                    if self._failure is None:
+                    if self._failure is None and window.load not in self._left:
                         placer.place(window)
                 except BaseException as error:  # noqa: BLE001 - handed to who waits for the load
                     self.fail(error)

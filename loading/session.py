@@ -19,9 +19,10 @@ from weightlift.loading.exchange import Exchange
 from weightlift.loading.files import ShardFile
 from weightlift.loading.guard import PendingGuard
 from weightlift.loading.header import TensorEntry
+from weightlift.loading.landing import DType
 from weightlift.loading.lazy import CPU, LazyTensor
 from weightlift.loading.lazy_functions import lazy_tensor
-from weightlift.loading.leftovers import adopt_lazy, find_lazy, meta_names
+from weightlift.loading.leftovers import find_lazy, meta_names
 from weightlift.loading.pools import Pools
 from weightlift.loading.progress import Progress
 from weightlift.loading.recording import Ledger
@@ -54,6 +55,9 @@ class LoadSession:
         pools: Readers that it shares with other loads.
         all_wait: Whether small copies wait for readers as large ones do: on a device that is busy
             with large copies each takes a millisecond at once. For loaders that read none back.
+
+    Attributes:
+        begun: Shards by path that are being read and that no loader has asked for.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class LoadSession:
         self.delivery = Delivery(settings, report, before_write, exchange, pools)
         self._copies = Copies(self.delivery, report, ledger, all_wait=all_wait)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
-        self._begun: dict[str, Shard] = {}
+        self.begun: dict[str, Shard] = {}
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._plan_started = report.started
         self._lent = ExitStack()
@@ -120,8 +124,8 @@ class LoadSession:
             PlanAborted: A dtype that this torch does not have.
         """
         files = [os.path.abspath(file) for file in files]
-        if files and self._begun.keys() >= set(files):  # perhaps not all of what was begun
-            return Checkpoint([self._begun.pop(file) for file in files])
+        if files and self.begun.keys() >= set(files):  # perhaps not all of what was begun
+            return Checkpoint([self.begun.pop(file) for file in files])
         try:
             checkpoint = self.hold(Checkpoint.open(files), drop_cache=drop_cache)
         except UnsupportedCheckpoint as error:
@@ -131,11 +135,13 @@ class LoadSession:
             self.delivery.read_alone("its bytes are in page-locked memory already")
         return checkpoint
 
-    def begin(self, files: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> bool:
-        """:meth:`open` these shards before the loader does, and begin to read; see :meth:`Copies.begin`."""
+    def begin(
+        self, files: Sequence[str], device: torch.device, dtype: DType, room: int = 0
+    ) -> bool:
+        """:meth:`open` these shards before a loader does, and read; see :meth:`Landing.begin`."""
         checkpoint = self.open(files)
-        self._begun.update((shard.file.path, shard) for shard in checkpoint.shards)
-        return self._copies.begin(checkpoint, device, dtype)
+        self.begun.update((shard.file.path, shard) for shard in checkpoint.shards)
+        return self._copies.begin(checkpoint, device, dtype, room)
 
     def hold(self, checkpoint: Checkpoint, *, drop_cache: bool = False) -> Checkpoint:
         """Have an open checkpoint read as the settings say and closed with the session."""
@@ -146,11 +152,6 @@ class LoadSession:
             self._exchange.add(checkpoint)
         self._checkpoints.append((checkpoint, drop_cache))
         return checkpoint
-
-    def adopt(self, model: torch.nn.Module) -> None:
-        """Put all in place, lazy tensors too that were made parameters or buffers of the model."""
-        adopt_lazy(model)
-        self.flush()
 
     def iterate(self, files: Iterable[str], *, drop_cache: bool = False) -> NamedWeights:
         """:meth:`open`, then what the loader must see of it."""
@@ -237,7 +238,8 @@ class LoadSession:
     def __enter__(self) -> LoadSession:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        is_interrupted = kind is not None and not issubclass(kind, Exception)
         self.report.seconds = time.perf_counter() - self.report.started
         self._copies.landing.clear()
         for source in self._sources:
@@ -246,7 +248,8 @@ class LoadSession:
             for checkpoint, drop_cache in self._checkpoints:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)
             closing.callback(self._lent.close)
-            closing.callback(self.delivery.close)  # before what it reads from is given back
+            # Before what it reads from is given back
+            closing.callback(self.delivery.close, is_interrupted=is_interrupted)
             files = [shard.file for held, _ in self._checkpoints for shard in held.shards]
             self.report.count(files)
 

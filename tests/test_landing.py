@@ -20,6 +20,7 @@ from test_session import COPIES, Loader
 from weightlift.loading import delivery, landing, later, placement
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.lazy import LazyTensor
+from weightlift.loading.leftovers import adopt_lazy
 from weightlift.loading.pools import Pools
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
@@ -99,7 +100,8 @@ def test_parameters_made_of_lazy_tensors_are_what_was_read(
         session.begin(files, device, FLOAT)
         found = {name: lazy.to(device) for name, lazy in session.iterate(files)}
         model.load_state_dict(found, assign=True)
-        session.adopt(model)
+        adopt_lazy(model)
+        session.flush()
         session.finish(model)
     assert session.report.landed == 2
     assert all(bits(value) == bits(weights[name]) for name, value in model.named_parameters())
@@ -115,7 +117,8 @@ def test_a_parameter_made_of_joined_tensors_is_made_of_what_was_read(
         session.begin(files, device, FLOAT)
         joined = torch.cat([lazy for _, lazy in session.iterate(files)]).to(device)
         model.load_state_dict({"weight": joined}, assign=True)
-        session.adopt(model)
+        adopt_lazy(model)
+        session.flush()
         session.finish(model)
     assert bits(model.weight) == bits(torch.cat([weights[name] for name in sorted(weights)]))
     assert session.report.bytes_read == header_bytes(files) + 3 * 8 * 9 * 4

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,13 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from weightlift.loading import landing, pools, readers
+from weightlift.loading import landing, placement, pools, readers
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.files import ShardFile
+from weightlift.loading.placement import HostPlacer
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
 from weightlift.patches.sglang_diffusion import pipeline_load
+from weightlift.patches.sglang_diffusion.components import _Component
 from weightlift.patches.sglang_diffusion.pipeline_load import PipelineLoad
 
 COMPONENTS = ("vae", "text_encoder", "scheduler", "transformer")
@@ -49,6 +53,7 @@ def opened(
     monkeypatch.setattr(pipeline_load, "DEVICES", ("cpu",))
     settings = Settings(num_load_threads=2, readers=request.param)
     server_args = types.SimpleNamespace(text_encoder_cpu_offload=False)
+    server_args.pipeline_config = types.SimpleNamespace(text_encoder_precisions=("bf16",))
     with PipelineLoad(COMPONENTS, settings, server_args, by_size=True) as load:
         load.begin(str(folder / "transformer"))
         load.device = CPU
@@ -84,7 +89,7 @@ def are_equal(left: Tensors, right: Tensors) -> bool:
 def has_begun(load: PipelineLoad, folder: Path) -> bool:
     """Whether a text encoder is being read before its turn."""
     with load.session_for(str(folder / "text_encoder")) as session:
-        begun = bool(session._begun)
+        begun = bool(session.begun)
         session.flush()
     return begun
 
@@ -170,7 +175,25 @@ def _quantised(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> N
 
 def _without_room(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
     size = sum(value.nbytes for value in stored(folder / "text_encoder").values())
+    needed = (
+        landing.SPARE_BYTES + size + size // 2
+    )  # the loader's memory is of two bytes an element
+    patch.setattr(landing, "free_memory", lambda device: needed - 1)
+
+
+def _without_room_for_float32(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    load._server_args.pipeline_config.text_encoder_precisions = ("fp32",)
+    size = sum(value.nbytes for value in stored(folder / "text_encoder").values())
     patch.setattr(landing, "free_memory", lambda device: landing.SPARE_BYTES + 2 * size - 1)
+
+
+def _elsewhere(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    load._server_args.component_paths = {"text_encoder": "another"}
+
+
+def _one_of_two_ranks(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.distributed, "is_initialized", lambda: True)
+    patch.setattr(torch.distributed, "get_world_size", lambda: 2)
 
 
 def _without_readers(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -192,7 +215,7 @@ def _damaged(load: PipelineLoad, folder: Path, patch: pytest.MonkeyPatch) -> Non
 
 OBSTACLES = (
     *(_not_on_a_device, _on_the_host, _on_the_host_since_0_5_18, _quantised, _without_room),
-    *(_without_readers, _damaged),
+    *(_without_room_for_float32, _elsewhere, _one_of_two_ranks, _without_readers, _damaged),
 )
 
 
@@ -204,7 +227,7 @@ def test_what_cannot_be_read_ahead_is_loaded_in_its_turn(
     if obstacle not in (_without_readers, _damaged):
         opened.begin_next()
     session = opened.session_for(str(folder / "text_encoder"))
-    assert not session._begun
+    assert not session.begun
     with session:
         assert are_equal(loaded(session, folder / "text_encoder"), stored(folder / "text_encoder"))
     assert session.report.landed == 0
@@ -214,6 +237,100 @@ def test_components_come_in_the_order_of_the_engine(opened: PipelineLoad, folder
     opened._to_come = [opened._to_come[-1]] if opened._to_come else []  # a VAE is next
     opened.begin_next()
     assert not has_begun(opened, folder)
+
+
+def test_there_is_room_for_what_there_is_just_room_for(
+    opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(value.nbytes for value in stored(folder / "text_encoder").values())
+    needed = landing.SPARE_BYTES + size + size // 2
+    monkeypatch.setattr(landing, "free_memory", lambda device: needed)
+    opened.begin_next()
+    assert has_begun(opened, folder)
+
+
+def test_what_was_taken_for_the_next_one_is_let_go_of_when_another_begins(
+    opened: PipelineLoad, folder: Path
+) -> None:
+    opened.begin_next()
+    opened.begin(str(folder / "scheduler"))  # has no files, and says nothing of the order
+    assert opened._next is not None
+    held = [weakref.ref(item) for item in opened._next[1]._copies.landing._memory.values()]
+    opened.begin(str(folder / "vae"))
+    gc.collect()
+    assert opened._next is None and not any(item() is not None for item in held)
+    assert not opened._is_busy()
+
+
+def test_a_loader_without_room_beside_what_was_read_has_it_without(
+    opened: PipelineLoad, folder: Path
+) -> None:
+    opened.begin_next()
+    assert opened._next is not None
+    held = [weakref.ref(item) for item in opened._next[1]._copies.landing._memory.values()]
+    tries = []
+
+    def load() -> torch.nn.Module:
+        tries.append(sum(item() is not None for item in held))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("for the test")
+        return torch.nn.Linear(2, 2)
+
+    component = _Component(str(folder / "text_encoder"), opened._settings)
+    assert isinstance(component.load(load), torch.nn.Linear)
+    assert tries == [6, 0]
+
+
+def test_what_waits_of_a_load_that_is_given_up_is_not_read(
+    opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if opened._settings.readers == "processes":
+        pytest.skip("processes cannot be counted from here")
+    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1024)
+    may_read, place, placed = threading.Event(), HostPlacer.place, []
+
+    def wait(self: HostPlacer, window: Any) -> Any:
+        may_read.wait(10)
+        placed.append(window)
+        return place(self, window)
+
+    monkeypatch.setattr(HostPlacer, "place", wait)
+    session = opened.session_for(str(folder / "transformer"))
+    with pytest.raises(PlanAborted), session, session.armed():
+        for _, lazy in session.iterate(files_of(folder / "transformer")):
+            torch.empty(lazy.shape).copy_(lazy)
+        session.delivery.hand_on()
+        threading.Timer(0.2, may_read.set).start()
+        raise PlanAborted("for the test")
+    assert len(placed) <= 2, "what both readers had begun, of a dozen"
+
+
+def test_nothing_is_written_for_a_load_that_has_ended(
+    opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if opened._settings.readers != "processes":
+        pytest.skip("threads write what they read at once")
+    monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1024)
+    move, moved = ctypes.memmove, []
+
+    def move_slowly(*given: Any) -> Any:
+        time.sleep(0.05)
+        moved.append(given)
+        return move(*given)
+
+    monkeypatch.setattr(ctypes, "memmove", move_slowly)
+    session = opened.session_for(str(folder / "transformer"))
+    with session, session.armed():
+        for _, lazy in session.iterate(files_of(folder / "transformer")):
+            torch.empty(lazy.shape).copy_(lazy)
+        session.delivery.hand_on()
+        (pool,) = session.delivery._pools.values()
+        while not moved:
+            time.sleep(0.01)
+        pool._give_up(PlanAborted("for the test"))  # type: ignore[attr-defined]
+    ended = len(moved)
+    time.sleep(0.3)
+    assert len(moved) == ended
 
 
 def test_what_is_read_ahead_and_never_loaded_is_let_go_of(
@@ -234,7 +351,6 @@ def test_what_is_read_ahead_and_never_loaded_is_let_go_of(
 def test_damage_that_reading_ahead_finds_is_told_and_readers_are_made_anew(
     opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = opened.session_for(str(folder / "transformer"))
     shard = folder / "text_encoder" / "model-1.safetensors"
     size = shard.stat().st_size
     whole = shard.read_bytes()
@@ -242,19 +358,17 @@ def test_damage_that_reading_ahead_finds_is_told_and_readers_are_made_anew(
 
     def begin_late(self: LoadSession, *given: Any) -> bool:
         checkpoint = self.open(given[0])
-        self._begun.update((shard.file.path, shard) for shard in checkpoint.shards)
+        self.begun.update((shard.file.path, shard) for shard in checkpoint.shards)
         with open(shard, "r+b") as file:
             file.truncate(size - 100)  # after its header was read
         return begin(self, *given)
 
     monkeypatch.setattr(LoadSession, "begin", begin_late)
-    with pytest.raises(CheckpointError, match=r"text_encoder.*model-1"), session:
-        opened.begin_next()
-        opened._next[1].flush()  # type: ignore[index]
+    opened.begin_next()
+    following = opened.session_for(str(folder / "text_encoder"))
+    with pytest.raises(CheckpointError, match=r"text_encoder.*model-1"), following:
+        loaded(following, folder / "text_encoder")
     shard.write_bytes(whole)
-    monkeypatch.undo()
-    opened._end_next()
-    monkeypatch.setattr(pipeline_load, "report_of", lambda path, phase: LoadReport(phase=phase))
     again = opened.session_for(str(folder / "transformer"))
     with again:
         assert are_equal(loaded(again, folder / "transformer"), stored(folder / "transformer"))

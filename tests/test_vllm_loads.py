@@ -94,7 +94,7 @@ def reloads_of(model: str, second: str, broken: str) -> list[dict[str, Any]]:
         {**dense, "name": "damaged reload"},
         {**dense, **asking, "name": "next reload"},
         {**dense, **asking, "name": "asked reload", "env": ASKED},
-        {**sound, "name": "half way", "fault": (1, "damage", 0)},
+        {**sound, "name": "half way", "fault": (1, "damage", 0), "then_damaged": broken},
         {**sound, "name": "a bug half way", "fault": (1, "bug", 0)},
         {**sound, "name": "one of two ranks", "tp": 2, "fault": (0, "damage", 1)},
         {**pickled, "name": "pickled, reloaded"},

@@ -105,7 +105,8 @@ class _Component:
         except CheckpointError:
             raise
         except Exception as error:
-            if not report.tensors and session.aborted is None:  # nothing of ours was in it
+            is_ours = report.tensors or session.aborted or session.begun
+            if not is_ours:
                 raise
             raise PlanAborted(str(session.aborted or repr(error))) from error
 

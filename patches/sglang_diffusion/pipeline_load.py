@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from weightlift.compat.context import context_of
 from weightlift.loading.budget import page_cache_share
+from weightlift.loading.checkpoint import shard_paths
 from weightlift.loading.errors import WeightliftError
 from weightlift.loading.pools import Pools
 from weightlift.loading.read_ahead import ReadAhead, shards_in
@@ -71,8 +72,11 @@ class PipelineLoad:
             self._to_come = [files for files in found if files]
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 self.ahead.add(file for files in found for file in files)
+        is_one = any(files[0].parent == folder for files in self._to_come)
         self._to_come = [files for files in self._to_come if files[0].parent != folder]
         self.device = None
+        if is_one and self._next is not None and self._next[0] != folder:
+            self._end_next()  # what was taken for the next one was not
 
     def begin_next(self) -> None:
         """Begin to read a text encoder that comes next, behind what is still read of this component.
@@ -80,27 +84,33 @@ class PipelineLoad:
         The link to the device would be idle while the engine builds it. It is read to memory of its
         own, and the loader copies from there.
         """
-        device, files = self.device, self._to_come[0] if self._to_come else []
-        if device is None or device.type not in DEVICES or self._next or not self._is_next(files):
+        device, folder = self.device, self._to_come[0][0].parent if self._to_come else None
+        if device is None or device.type not in DEVICES or self._next is not None:
+            return
+        if folder is None or not self._is_read_behind(folder):
             return
         if self.session is not None:
             self.session.delivery.hand_on()  # or it would wait for its last bytes behind these
-        session = self._session(files[0].parent)
-        self._next = files[0].parent, session
+        self._next = folder, self._session(folder)
         try:
-            if session.begin([str(file) for file in files], device, None):
-                self.ahead.drop(map(str, files))
+            files = [str(file) for file in shard_paths(folder)]
+            room = _element_size(self._server_args, folder.name)
+            if self._next[1].begin(files, device, None, room):
+                self.ahead.drop(files)
                 return
         except WeightliftError as error:  # the load of that component will tell
-            logger.debug("weightlift: %s is not read ahead: %s", files[0].parent, error)
+            logger.debug("weightlift: %s is not read ahead: %s", folder, error)
         self._end_next()
 
-    def _is_next(self, files: list[Path]) -> bool:
-        """Whether these are of a text encoder that goes to the device as it is stored."""
-        if not files or not files[0].parent.name.startswith("text_encoder"):
+    def _is_read_behind(self, folder: Path) -> bool:
+        """Whether this is a text encoder that goes to the device as it is stored, whole."""
+        distributed, name = torch.distributed, folder.name
+        if not name.startswith("text_encoder") or refusal_of(folder):
             return False
-        folder = files[0].parent
-        return not (refusal_of(folder) or _starts_on_host(self._server_args, folder.name))
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            return False  # ranks of any kind may share it
+        is_elsewhere = name in (getattr(self._server_args, "component_paths", None) or {})
+        return not (is_elsewhere or _starts_on_host(self._server_args, name))
 
     def session_for(self, component: str) -> LoadSession:
         """The load of a component that begins now, or has begun."""
@@ -129,11 +139,14 @@ class PipelineLoad:
 
     def _end_next(self) -> None:
         """Let go of what was begun and is not loaded."""
-        if self._next is not None:
-            (_, session), self._next = self._next, None
+        begun = [self._ahead_of_time, self._next[1] if self._next else None]
+        self._next = self._ahead_of_time = None
+        for session in filter(None, begun):
+            has_memory = not session.delivery.is_idle
             with session:
                 pass
-            torch.cuda.empty_cache()
+            if has_memory:
+                torch.cuda.empty_cache()
 
     def _is_busy(self) -> bool:
         sessions = (self.session, self._next[1] if self._next else None)
@@ -145,8 +158,9 @@ class PipelineLoad:
 
     def __exit__(self, *_: object) -> None:
         _current.remove(self)
-        with self.pools, self.ahead:
-            self._end_next()
+        with self.ahead, ExitStack() as closing:
+            closing.callback(self._end_next)
+            closing.callback(self.pools.__exit__)  # first: nothing that waits is read
 
 
 _current: list[PipelineLoad] = []
@@ -179,6 +193,16 @@ def refusal_of(folder: Path) -> str:
     if isinstance(config, dict) and config.get("quantization_config"):
         return "quantised weights were not tested with planned loading"
     return ""
+
+
+def _element_size(server_args: Any, component: str) -> int:
+    """Bytes that the engine has for each element of a text encoder; the most if it does not say."""
+    config = getattr(server_args, "pipeline_config", None)
+    precisions = getattr(config, "text_encoder_precisions", ())
+    number = component.removeprefix("text_encoder").lstrip("_")
+    place = int(number) - 1 if number.isdecimal() else 0
+    is_known = 0 <= place < len(precisions)
+    return 2 if is_known and precisions[place] in ("bf16", "fp16") else 4
 
 
 def _starts_on_host(server_args: Any, component: str) -> bool:

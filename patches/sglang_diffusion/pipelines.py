@@ -81,8 +81,9 @@ PATCHES: tuple[Patch, ...] = (
         parameters=("server_args",),
         why="While a component is built, wrapped or pinned nothing is read, and the next one begins "
         "with a cold file.",
-        how="With `--enable-parallel-module-load` a thread brings the files of later components into "
-        "the page cache, as far as they are not there, whenever no load reads.",
+        how="With `--enable-parallel-module-load` components share readers, a text encoder that comes "
+        "next is read to the GPU behind the transformer, and a thread brings the files of later "
+        "components into the page cache, as far as they are not there, whenever no load reads.",
         upstream="sgl-project/sglang#19092 is open.",
         drop_when="The engine reads ahead by itself.",
     ),

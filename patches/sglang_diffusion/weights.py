@@ -13,6 +13,7 @@ import torch
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.lazy import LazyTensor
+from weightlift.loading.leftovers import adopt_lazy
 from weightlift.loading.session import NamedWeights, active_session
 from weightlift.patches import SGLANG_DIFFUSION
 from weightlift.patches.planned import ITERATOR_NOTES
@@ -112,9 +113,10 @@ def _load_full_state_dict(
     model = call["model"]
     with shadowed(model, "load_state_dict", _unwatched) if _only_assigns(model) else nullcontext():
         result = wrapped(*args, **kwargs)
+    adopt_lazy(model)
     if (pipeline := current_load()) is not None:
         pipeline.begin_next()  # all of this model has been asked for
-    session.adopt(model)
+    session.flush()
     return result
 
 

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def _by_plan(
 ) -> Any:
     """Reload with lazy tensors; if that cannot be, with real ones."""
     session = LoadSession(settings, report, all_wait=True)
-    was_meta = meta_names(model)
+    was_meta = frozenset() if model in _emptied else meta_names(model)
 
     def load_weights(original: Any, weights: NamedWeights) -> Any:
         with session.armed():
@@ -95,13 +96,18 @@ def _by_plan(
             _leave(model, report)
             raise
         _put_back(model)
-        return wrapped(*args, **kwargs)
-    if not report.tensors:
-        report.fall_back(settings.insist(_NO_FILES))
+        result = wrapped(*args, **kwargs)
+    else:
+        if not report.tensors:
+            report.fall_back(settings.insist(_NO_FILES))
+    _emptied.discard(model)
     return result
 
 
 _NO_FILES = "it has no safetensors files"
+
+_emptied: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Models that a reload left without weights: what the engine set aside may be of two checkpoints."""
 
 
 def _leave(model: torch.nn.Module, report: LoadReport) -> None:
@@ -112,10 +118,11 @@ def _leave(model: torch.nn.Module, report: LoadReport) -> None:
     distributed = torch.distributed
     is_alone = not distributed.is_initialized() or distributed.get_world_size() == 1
     _put_back(model)
-    if is_alone and report.bytes_needed == 0:
+    if is_alone and report.bytes_needed == 0 and model not in _emptied:
         logger.error("weightlift: the reload failed; the model is as it was")
     else:
         _layerwise().initialize_layerwise_reload(model)
+        _emptied.add(model)
         logger.error(
             "weightlift: the reload failed and left the model without weights; restart it, "
             "or reload a checkpoint that is whole"

@@ -7,7 +7,7 @@ model, then if wanted options (of ``EngineArgs``), collect=true for a model whos
 whole stream, as thinkers do, as_stored=true for weights that no kernel here can process, and reload, a
 path that the runner's own ``reload_weights`` loads then: after ``damaged``, a path that it must fail to load, and with ``asks_for_addresses`` of each weight. With
 fault, reads of the reload fail: after how many, as what (``damage``, or ``bug`` of a reader), and on which
-rank.
+rank; then ``then_damaged`` must fail, too, and the reload is done once more.
 """
 
 # pyright: reportMissingImports=false
@@ -106,6 +106,8 @@ def load(case: dict[str, Any], config: Any, rank: int, port: int) -> dict[str, A
             except Exception as error:
                 if kind != "damage" or "injected" not in str(error):
                     raise
+                if case.get("then_damaged"):
+                    fail_to_reload(config, model, case["then_damaged"])
                 there = [name for name, item in model.named_parameters() if not item.is_meta]
                 reload_weights(config, model, case["reload"])
                 return {"there": there, "hash": state_hash(model)}
