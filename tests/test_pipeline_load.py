@@ -305,6 +305,20 @@ def test_what_waits_of_a_load_that_is_given_up_is_not_read(
     assert len(placed) <= 2, "what both readers had begun, of a dozen"
 
 
+def test_who_interrupts_a_load_ends_the_readers_that_it_shares(
+    opened: PipelineLoad, folder: Path
+) -> None:
+    session = opened.session_for(str(folder / "transformer"))
+    with pytest.raises(KeyboardInterrupt), session, session.armed():
+        for _, lazy in session.iterate(files_of(folder / "transformer")):
+            torch.empty(lazy.shape).copy_(lazy)
+        shared = opened.pools.of(CPU)
+        raise KeyboardInterrupt
+    assert shared.failure is not None
+    with opened.session_for(str(folder / "vae")) as following:
+        assert are_equal(loaded(following, folder / "vae"), stored(folder / "vae"))
+
+
 def test_nothing_is_written_for_a_load_that_has_ended(
     opened: PipelineLoad, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
