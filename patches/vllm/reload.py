@@ -96,6 +96,7 @@ def _by_plan(
             _leave(model, report)
             raise
         _put_back(model)
+        _emptied.add(model)  # unless this succeeds
         result = wrapped(*args, **kwargs)
     else:
         if not report.tensors:
