@@ -60,9 +60,7 @@ class Copies:
         """Whether concatenations stay lazy; a ledger takes down the copies of single tensors."""
         return self.ledger is None
 
-    def begin(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: DType, room: int = 0
-    ) -> bool:
+    def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: DType, room: int) -> bool:
         """See :meth:`Landing.begin`; without a ledger alone, for what it reads goes unnoticed.
 
         Raises:

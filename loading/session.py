@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -55,9 +55,6 @@ class LoadSession:
         pools: Readers that it shares with other loads.
         all_wait: Whether small copies wait for readers as large ones do: on a device that is busy
             with large copies each takes a millisecond at once. For loaders that read none back.
-
-    Attributes:
-        begun: Shards by path that are being read and that no loader has asked for.
     """
 
     def __init__(
@@ -82,6 +79,7 @@ class LoadSession:
         self._copies = Copies(self.delivery, report, ledger, all_wait=all_wait)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
         self.begun: dict[str, Shard] = {}
+        """Shards by path that are being read and that no loader has asked for."""
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._plan_started = report.started
         self._lent = ExitStack()
@@ -135,9 +133,7 @@ class LoadSession:
             self.delivery.read_alone("its bytes are in page-locked memory already")
         return checkpoint
 
-    def begin(
-        self, files: Sequence[str], device: torch.device, dtype: DType, room: int = 0
-    ) -> bool:
+    def begin(self, files: list[str], device: torch.device, dtype: DType, room: int = 0) -> bool:
         """:meth:`open` these shards before a loader does, and read; see :meth:`Landing.begin`."""
         checkpoint = self.open(files)
         self.begun.update((shard.file.path, shard) for shard in checkpoint.shards)
@@ -239,7 +235,6 @@ class LoadSession:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        is_interrupted = kind is not None and not issubclass(kind, Exception)
         self.report.seconds = time.perf_counter() - self.report.started
         self._copies.landing.clear()
         for source in self._sources:
@@ -248,7 +243,7 @@ class LoadSession:
             for checkpoint, drop_cache in self._checkpoints:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)
             closing.callback(self._lent.close)
-            # Before what it reads from is given back
+            is_interrupted = kind is not None and not issubclass(kind, Exception)
             closing.callback(self.delivery.close, is_interrupted=is_interrupted)
             files = [shard.file for held, _ in self._checkpoints for shard in held.shards]
             self.report.count(files)
