@@ -52,7 +52,7 @@ def test_tokens_and_parameters_are_those_of_stock(version: str, kind: str, tmp_p
     for load in (launch, *reloads):
         assert load["mode"] == "weightlift" and load["planned"] > 0
         assert load["bytes_needed"] == launch["bytes_needed"], "each byte once"
-        assert load["materialised"] == launch["materialised"], "no more is read at once"
+        assert load["materialised"] <= launch["materialised"], "no more is read at once"
 
 
 @pytest.mark.skipif(not MORE, reason="takes minutes; WEIGHTLIFT_TEST_MORE=1 runs it")
