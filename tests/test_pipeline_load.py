@@ -308,11 +308,10 @@ def test_what_waits_of_a_load_that_is_given_up_is_not_read(
 def test_who_interrupts_a_load_ends_the_readers_that_it_shares(
     opened: PipelineLoad, folder: Path
 ) -> None:
-    session = opened.session_for(str(folder / "transformer"))
+    session, shared = opened.session_for(str(folder / "transformer")), opened.pools.of(CPU)
     with pytest.raises(KeyboardInterrupt), session, session.armed():
         for _, lazy in session.iterate(files_of(folder / "transformer")):
             torch.empty(lazy.shape).copy_(lazy)
-        shared = opened.pools.of(CPU)
         raise KeyboardInterrupt
     assert shared.failure is not None
     with opened.session_for(str(folder / "vae")) as following:
