@@ -1,4 +1,4 @@
-"""Readers by device, for one load or for several of which the next begins before one has ended."""
+"""Readers by device, for loads of which the next begins before one has ended."""
 
 from __future__ import annotations
 

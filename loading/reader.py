@@ -115,7 +115,7 @@ class ReaderPool(abc.ABC):
         self.wait(load)
         self._check()
         if self._device.type == "cuda" and (load is None or not self._knows_places):
-            torch.cuda.synchronize(self._device)  # waits for what other loads have read, too
+            torch.cuda.synchronize(self._device)  # would wait for other loads' windows, too
 
     def wait(self, load: object = None) -> None:
         """Return once nothing of a load is under way, whatever became of it."""

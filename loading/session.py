@@ -78,8 +78,7 @@ class LoadSession:
         self.delivery = Delivery(settings, report, before_write, exchange, pools)
         self._copies = Copies(self.delivery, report, ledger, all_wait=all_wait)
         self._checkpoints: list[tuple[Checkpoint, bool]] = []
-        self.begun: dict[str, Shard] = {}
-        """Shards by path that are being read and that no loader has asked for."""
+        self.begun: dict[str, Shard] = {}  # by path: read, and no loader has asked for them
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._plan_started = report.started
         self._lent = ExitStack()
@@ -166,9 +165,8 @@ class LoadSession:
         That is the order of the stock iterators, and what some models rely on. With ``wanted``,
         only these; they say that they are on ``device``.
         """
-        with Progress(
-            checkpoint.nbytes, self._bytes_read, visible=not self.report.rank
-        ) as progress:
+        is_heard = self.report.rank == 0
+        with Progress(checkpoint.nbytes, self._bytes_read, visible=is_heard) as progress:
             for shard in checkpoint.shards:
                 for name in sorted(shard.tensors):
                     if wanted is None or name in wanted:

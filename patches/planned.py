@@ -51,7 +51,7 @@ class ModelLoad:
             WeightliftError: It would be left to the engine, and the user asked for something else.
             CheckpointError: A shard is damaged.
         """
-        report = report_of(self.engine, self.model, self.path, "launch")
+        report = report_of(self.engine, self.path, "launch", type(self.model).__name__)
         if refusal:
             report.fall_back(settings.insist(refusal))
             result = self.load()
@@ -78,18 +78,17 @@ class ModelLoad:
         return result
 
 
-def report_of(engine: str, model: torch.nn.Module, path: str, phase: str) -> LoadReport:
-    """The report of a load that begins, of this rank."""
+def rank() -> int:
+    """Of this process among those of the engine."""
     distributed = torch.distributed
     is_one_of_many = distributed.is_available() and distributed.is_initialized()
-    return LoadReport(
-        engine=engine,
-        version=context_of(engine).engine.version,
-        phase=phase,
-        model_path=path,
-        rank=distributed.get_rank() if is_one_of_many else 0,
-        architecture=type(model).__name__,
-    )
+    return distributed.get_rank() if is_one_of_many else 0
+
+
+def report_of(engine: str, path: str, phase: str, architecture: str = "") -> LoadReport:
+    """The report of a load that begins, of this rank; see :class:`LoadReport`."""
+    version = context_of(engine).engine.version
+    return LoadReport(engine, version, phase, path, rank(), architecture)
 
 
 def planned_by(session: LoadSession, model: torch.nn.Module) -> AbstractContextManager[None]:

@@ -21,6 +21,7 @@ from weightlift.loading import landing, placement, pools, readers
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.files import ShardFile
 from weightlift.loading.placement import HostPlacer
+from weightlift.loading.reader import ReaderPool
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
@@ -49,7 +50,9 @@ def opened(
     request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[PipelineLoad]:
     """The load of the pipeline, of which the transformer is on and reads what it will be made of."""
-    monkeypatch.setattr(pipeline_load, "report_of", lambda path, phase: LoadReport(phase=phase))
+    monkeypatch.setattr(
+        pipeline_load, "report_of", lambda engine, path, phase: LoadReport(phase=phase)
+    )
     monkeypatch.setattr(pipeline_load, "DEVICES", ("cpu",))
     settings = Settings(num_load_threads=2, readers=request.param)
     server_args = types.SimpleNamespace(text_encoder_cpu_offload=False)
@@ -68,7 +71,7 @@ def stored(folder: Path) -> Tensors:
     return {name: value for file in files_of(folder) for name, value in load_file(file).items()}
 
 
-def loaded(session: LoadSession, folder: Path, then: Callable[[], None] = bool) -> Tensors:  # type: ignore[assignment]
+def loaded(session: LoadSession, folder: Path, then: Callable[[], None] = lambda: None) -> Tensors:
     """What a loader gets that copies everything to memory of its own; ``then`` is done at its end."""
     found = {}
     with session.armed():
@@ -233,7 +236,9 @@ def test_what_cannot_be_read_ahead_is_loaded_in_its_turn(
     assert session.report.landed == 0
 
 
-def test_components_come_in_the_order_of_the_engine(opened: PipelineLoad, folder: Path) -> None:
+def test_no_other_component_is_read_behind_the_transformer(
+    opened: PipelineLoad, folder: Path
+) -> None:
     opened._to_come = [opened._to_come[-1]] if opened._to_come else []  # a VAE is next
     opened.begin_next()
     assert not has_begun(opened, folder)
@@ -287,20 +292,25 @@ def test_what_waits_of_a_load_that_is_given_up_is_not_read(
     if opened._settings.readers == "processes":
         pytest.skip("processes cannot be counted from here")
     monkeypatch.setattr(placement, "HOST_WINDOW_BYTES", 1024)
-    may_read, place, placed = threading.Event(), HostPlacer.place, []
+    is_left, place, placed = threading.Event(), HostPlacer.place, []
+    wait = ReaderPool.wait
 
-    def wait(self: HostPlacer, window: Any) -> Any:
-        may_read.wait(10)
+    def place_later(self: HostPlacer, window: Any) -> Any:
+        is_left.wait(10)
         placed.append(window)
         return place(self, window)
 
-    monkeypatch.setattr(HostPlacer, "place", wait)
+    def let_go(self: ReaderPool, load: object = None) -> None:
+        is_left.set()
+        wait(self, load)
+
+    monkeypatch.setattr(HostPlacer, "place", place_later)
+    monkeypatch.setattr(ReaderPool, "wait", let_go)
     session = opened.session_for(str(folder / "transformer"))
     with pytest.raises(PlanAborted), session, session.armed():
         for _, lazy in session.iterate(files_of(folder / "transformer")):
             torch.empty(lazy.shape).copy_(lazy)
         session.delivery.hand_on()
-        threading.Timer(0.2, may_read.set).start()
         raise PlanAborted("for the test")
     assert len(placed) <= 2, "what both readers had begun, of a dozen"
 

@@ -11,7 +11,7 @@ import torch
 from weightlift.compat.context import context_of
 from weightlift.compat.patch import Patch
 from weightlift.loading.transaction import Transaction, Vote, within
-from weightlift.patches.sglang_diffusion.pipeline_load import rank
+from weightlift.patches.planned import rank
 from weightlift.patches.sglang_diffusion.updates import NEW, OLD
 
 

@@ -22,7 +22,8 @@ from weightlift.compat.patch import Patch
 from weightlift.loading.errors import CheckpointError, PlanAborted
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
-from weightlift.patches.sglang_diffusion.pipeline_load import current_load, refusal_of, report_of
+from weightlift.patches.planned import report_of
+from weightlift.patches.sglang_diffusion.pipeline_load import current_load, refusal_of
 from weightlift.patches.shadow import shadowed
 
 logger = logging.getLogger("weightlift")
@@ -62,7 +63,7 @@ class _Component:
     def _session(self) -> LoadSession:
         if self._pipeline is not None:
             return self._pipeline.session_for(self._path)
-        report = report_of(self._path, "launch")
+        report = report_of("sglang", self._path, "launch")
         return LoadSession(self._settings, report, all_wait=True)
 
     def _by_plan(

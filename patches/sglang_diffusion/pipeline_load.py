@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from weightlift.compat.context import context_of
 from weightlift.loading.budget import page_cache_share
 from weightlift.loading.checkpoint import shard_paths
 from weightlift.loading.errors import WeightliftError
 from weightlift.loading.pools import Pools
 from weightlift.loading.read_ahead import ReadAhead, shards_in
-from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
+from weightlift.patches.planned import report_of
 
 logger = logging.getLogger("weightlift")
 
@@ -134,7 +133,7 @@ class PipelineLoad:
                 torch.cuda.empty_cache()  # the memory that it was copied from
 
     def _session(self, folder: Path) -> LoadSession:
-        report = report_of(str(folder), "launch")
+        report = report_of("sglang", str(folder), "launch")
         return LoadSession(self._settings, report, pools=self.pools, all_wait=True)
 
     def _end_next(self) -> None:
@@ -169,19 +168,6 @@ _current: list[PipelineLoad] = []
 def current_load() -> PipelineLoad | None:
     """The load of a pipeline that is on in this process, if one is."""
     return _current[-1] if _current else None
-
-
-def rank() -> int:
-    """Of this process among those of the engine."""
-    distributed = torch.distributed
-    is_one_of_many = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_rank() if is_one_of_many else 0
-
-
-def report_of(path: str, phase: str) -> LoadReport:
-    """The report of a load that begins, of this rank."""
-    version = context_of("sglang").engine.version
-    return LoadReport(engine="sglang", version=version, phase=phase, model_path=path, rank=rank())
 
 
 def refusal_of(folder: Path) -> str:

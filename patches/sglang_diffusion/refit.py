@@ -17,9 +17,9 @@ from weightlift.loading.read_ahead import shards_in
 from weightlift.loading.session import LoadSession
 from weightlift.loading.transaction import Transaction
 from weightlift.patches import SGLANG_DIFFUSION
+from weightlift.patches.planned import report_of
 from weightlift.patches.sglang_diffusion.agreement import voter
 from weightlift.patches.sglang_diffusion.modules import is_apart, take
-from weightlift.patches.sglang_diffusion.pipeline_load import report_of
 
 logger = logging.getLogger("weightlift")
 
@@ -103,7 +103,7 @@ def _apply(
     """Plan all, then write; returns what failed, if something did, and whether anything was written."""
     settings = context_of("sglang").settings()
     parents = sorted({str(folder.parent) for folder in folders.values()})
-    report = report_of(", ".join(parents), "update")
+    report = report_of("sglang", ", ".join(parents), "update")
     report.architecture = ", ".join(type(module).__name__ for module in modules.values())
     # Nothing is written before the first flush: what is wrong with any module is found before that.
     session = LoadSession(settings, report, before_write=before_write, all_wait=True)

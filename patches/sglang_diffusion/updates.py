@@ -18,8 +18,8 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, active_session
 from weightlift.loading.settings import Settings
 from weightlift.loading.transaction import Transaction, active_transaction
+from weightlift.patches.planned import report_of
 from weightlift.patches.sglang_diffusion.modules import complete, is_apart, loads_itself, take
-from weightlift.patches.sglang_diffusion.pipeline_load import report_of
 from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
 from weightlift.patches.shadow import shadowed
 
@@ -46,7 +46,7 @@ def _apply_weights(
         return done
     call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     modules: dict[str, torch.nn.Module] = dict(call["modules_to_update"])
-    report = report_of(str(next(iter(call["weights_map"].values()), "")), "update")
+    report = report_of("sglang", str(next(iter(call["weights_map"].values()), "")), "update")
     report.architecture = ", ".join(type(module).__name__ for module in modules.values())
     update = _Update(functools.partial(wrapped, *args, **kwargs), instance, modules, transaction)
     before = _is_updating.set(True)

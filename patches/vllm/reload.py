@@ -48,7 +48,7 @@ def _reload_weights(
     load_config = getattr(instance, "load_config", None) or instance.vllm_config.load_config
     settings = with_engine_config(context_of("vllm").settings(), load_config)
     path = str(call.get("weights_path") or config.model)
-    report = report_of("vllm", model, path, "update")
+    report = report_of("vllm", path, "update", type(model).__name__)
     refusal = refusal_of(load_config, settings)
     if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         refusal = refusal or _NO_FILES  # before any weight is replaced
