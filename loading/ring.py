@@ -10,12 +10,13 @@ from typing import Final
 
 import torch
 
-from weightlift.loading.pages import touch
-from weightlift.loading.residency import PAGE
+from weightlift.loading.pages import HUGE_PAGE, collapse, touch
 from weightlift.loading.staging import register, unregister
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
 _CLOSE_ON_EXEC = 1  # MFD_CLOEXEC
+_AT_THIS_ADDRESS = 0x10  # MAP_FIXED
 
 
 class SharedRing:
@@ -39,11 +40,11 @@ class SharedRing:
         try:
             if self.descriptor >= 0:
                 os.ftruncate(self.descriptor, nbytes)
-            mapped = mmap.mmap(self.descriptor, nbytes)
+            mapped = _mapped(self.descriptor, nbytes)
         except BaseException:
             self._close()
             raise
-        self.view = memoryview(mapped)
+        self.view = mapped
         with torch.inference_mode(mode=False):
             self.memory = torch.frombuffer(mapped, dtype=torch.uint8)
         self.is_pinned = self._is_touched = False
@@ -55,14 +56,14 @@ class SharedRing:
             OSError: The host has no such memory.
         """
         if not self._is_touched:
-            share = -(-self.memory.numel() // (threads * PAGE)) * PAGE
+            share = -(-self.memory.numel() // (threads * HUGE_PAGE)) * HUGE_PAGE
             parts = [(part.data_ptr(), part.numel()) for part in self.memory.split(share)]
             try:
                 with ThreadPoolExecutor(threads, "weightlift-touch") as pool:
-                    list(pool.map(touch, *zip(*parts, strict=True)))
+                    list(pool.map(_find, *zip(*parts, strict=True)))
             except RuntimeError:  # there are too many threads: one after the other, then
                 for part in parts:
-                    touch(*part)
+                    _find(*part)
             self._is_touched = True
         if pinned and not self.is_pinned:
             self.is_pinned = register(self.memory)
@@ -96,3 +97,29 @@ def _memory_file() -> int:
         return int(_LIBC.memfd_create(b"weightlift-ring", _CLOSE_ON_EXEC))
     except AttributeError:
         return -1
+
+
+def _mapped(descriptor: int, nbytes: int) -> memoryview:
+    """All of such a file, from the begin of a huge page on, or memory for this process alone.
+
+    Raises:
+        OSError: The host has no such memory.
+    """
+    if descriptor < 0:
+        return memoryview(mmap.mmap(-1, nbytes))
+    # Its addresses are kept, and given back, by a mapping that this one takes the place of
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    room = memoryview(mmap.mmap(-1, nbytes + HUGE_PAGE, flags=private))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    start = -address % HUGE_PAGE
+    where, size = ctypes.c_void_p(address + start), ctypes.c_size_t(nbytes)
+    access, how = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _AT_THIS_ADDRESS
+    if _LIBC.mmap(where, size, access, how, descriptor, ctypes.c_long(0)) != address + start:
+        raise OSError(ctypes.get_errno(), "mmap")
+    return room[start : start + nbytes]
+
+
+def _find(address: int, nbytes: int) -> None:
+    """Have all pages of some memory there, in huge ones where that can be."""
+    collapse(address, nbytes)
+    touch(address, nbytes)

@@ -9,6 +9,7 @@ import logging
 import mmap
 import os
 import platform
+import re
 import select
 import signal
 import socket
@@ -395,18 +396,41 @@ def test_a_crew_that_was_taken_is_given_back_where_no_thread_can_be_started(
     fill(path, weights)
 
 
-@pytest.mark.parametrize("how", ["madvise", "memset", "no threads"])
+@pytest.mark.parametrize("nbytes", [3 * mmap.PAGESIZE, 2 * pages.HUGE_PAGE + mmap.PAGESIZE])
+@pytest.mark.parametrize("how", ["madvise", "no huge pages", "memset", "no threads"])
 def test_all_pages_of_the_memory_are_there_before_it_is_used(
-    monkeypatch: pytest.MonkeyPatch, how: str
+    monkeypatch: pytest.MonkeyPatch, how: str, nbytes: int
 ) -> None:
-    memory = ring.SharedRing(3 * mmap.PAGESIZE)
+    memory = ring.SharedRing(nbytes)
+    if how in ("no huge pages", "memset"):
+        monkeypatch.setattr(pages, "COLLAPSE", -1)
     if how == "memset":
         monkeypatch.setattr(pages, "POPULATE_WRITE", -1)
     elif how == "no threads":
         monkeypatch.setattr(threading.Thread, "start", no_thread)
     memory.get_ready(2, pinned=False)
-    assert os.fstat(memory.descriptor).st_blocks * 512 == 3 * mmap.PAGESIZE
+    assert os.fstat(memory.descriptor).st_blocks * 512 == nbytes
     memory.release()
+
+
+def test_what_readers_fill_is_in_huge_pages() -> None:
+    nbytes = 4 * pages.HUGE_PAGE
+    memory = ring.SharedRing(nbytes + 3 * mmap.PAGESIZE)
+    pages.collapse(memory.memory.data_ptr(), pages.HUGE_PAGE)
+    if not huge_bytes(memory):
+        pytest.skip("this kernel makes no huge pages of shared memory")
+    memory.get_ready(2, pinned=False)
+    assert huge_bytes(memory) == nbytes
+    assert os.fstat(memory.descriptor).st_blocks * 512 == memory.memory.numel()
+    memory.release()
+
+
+def huge_bytes(memory: ring.SharedRing) -> int:
+    """Bytes of it that are mapped by huge pages."""
+    maps = Path("/proc/self/smaps").read_text()
+    own = maps.partition(f"{memory.memory.data_ptr():x}-")[2]
+    (found,) = re.findall(r"^ShmemPmdMapped: +([0-9]+) kB$", own, re.MULTILINE)[:1]
+    return int(found) << 10
 
 
 def test_a_device_that_fails_does_not_hang_the_load(
