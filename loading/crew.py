@@ -124,7 +124,8 @@ class Crew:
         window, self._next = self._next, self._next + 1
         place, first = window % self.spec.slots * self._slot_bytes, start - start % way.alignment
         job, table, last = self._job, self.words.jobs, (way.most, way.number, plain.number, window)
-        parts = parts_of(start, stop, way.alignment, self._part_bytes)
+        most = max(self._part_bytes, way.most) if way.is_direct else self._part_bytes
+        parts = parts_of(start, stop, way.alignment, most)
         for part, (position, length, needed) in enumerate(parts):
             record = (job + part) % JOBS * JOB_BYTES
             JOB.pack_into(

@@ -9,7 +9,7 @@ from weightlift.loading.residency import PAGE
 from weightlift.loading.worker import JOBS, LINE, words_bytes
 
 PART_BYTES = 2 << 20
-"""What one job reads. Of smaller ones the bytes stay longer in the processor's cache; each costs the
+"""What one job reads from the page cache. Of smaller ones the bytes stay longer in the processor's cache; each costs the
 thread that hands them out 6 us."""
 
 
@@ -27,6 +27,11 @@ class Way(NamedTuple):
     descriptor: int
     alignment: int
     most: int
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it goes past the page cache."""
+        return self.alignment > 1
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from weightlift.loading.crew import Crew, parts_of
 from weightlift.loading.crew_spec import CrewSpec, Way
 from weightlift.loading.crews import Crews, crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
-from weightlift.loading.files import ShardFile
+from weightlift.loading.files import DIRECT_READ_BYTES, ShardFile
 from weightlift.loading.plan import Window
 from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.report import LoadReport
@@ -145,6 +145,22 @@ def test_a_crew_reads_what_it_is_asked_for_into_slots_that_are_free(
     assert not any(crew.words.short)
     file.close()
     assert crew.release() == crew.spec.memory_bytes
+
+
+def test_reads_past_the_page_cache_are_larger(tmp_path: Path) -> None:
+    data = os.urandom(13 << 20)
+    (tmp_path / "file").write_bytes(data)
+    file, way = ways(tmp_path / "file")
+    crew = Crew(CrewSpec(READERS, 3, 12 << 20))
+    crew.start()
+    direct = Way(way.number + 1_000_000, way.descriptor, mmap.PAGESIZE, DIRECT_READ_BYTES)
+    for how, expected in ((way, 6), (direct, 2)):
+        window, parts, place = crew.ask(how, way, 1 << 20, 13 << 20)
+        assert parts == expected
+        wait_until_read(crew, window, parts)
+        assert crew.ring.view[place : place + (12 << 20)] == data[1 << 20 :]
+    file.close()
+    crew.release()
 
 
 def test_what_is_not_read_past_the_page_cache_is_read_through_it(tmp_path: Path) -> None:
