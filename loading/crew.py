@@ -14,7 +14,7 @@ import socket
 from typing import Final
 
 from weightlift.loading import reader_group
-from weightlift.loading.crew_spec import CrewSpec, Way
+from weightlift.loading.crew_spec import DIRECT_READ_BYTES, CrewSpec, Way
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.ring import SharedRing
@@ -24,16 +24,16 @@ from weightlift.loading.worker import (
     FILE,
     JOB,
     JOB_BYTES,
-    JOBS,
     LINE,
+    MOST_WINDOWS,
     NUMBER,
     Words,
 )
 
 logger = logging.getLogger("weightlift")
 
-_NUMBERS: Final = array.array("I", [*range(JOBS), *range(LINE)]).tobytes()
-"""Those of jobs, one after the other; after the last comes the first."""
+_NUMBERS: Final = array.array("I", range(MOST_WINDOWS * LINE)).tobytes()
+"""Those of parts, one after the other."""
 
 MOST_FILES: Final = 100
 """Descriptors that may wait for a reader that has needed none of them."""
@@ -62,9 +62,9 @@ class Crew:
         self.ring = SharedRing(spec.memory_bytes)
         self.words = Words(self.ring.view, spec.slots)
         self.readers = ReaderGroup(spec, self.ring)
-        self._slot_bytes, self._part_bytes = spec.slot_bytes, spec.part_bytes
+        self._slot_bytes = spec.slot_bytes
+        self._part_bytes = spec.part_bytes, max(spec.part_bytes, DIRECT_READ_BYTES)
         self._next = spec.slots
-        self._job = 0
         self._known: set[int] = set()
 
     @property
@@ -104,7 +104,7 @@ class Crew:
     def ask(self, way: Way, plain: Way, start: int, stop: int) -> tuple[int, int, int]:
         """Have a window read as soon as its slot is free; the words tell when it is.
 
-        Of those asked for and not freed again there are at most :attr:`CrewSpec.most_windows`.
+        Of those asked for and not freed again there are at most :data:`~weightlift.loading.worker.MOST_WINDOWS`.
 
         Args:
             way: How to read the file.
@@ -122,18 +122,14 @@ class Crew:
         if not (way.number in self._known and plain.number in self._known):
             self._introduce({way.number: way, plain.number: plain})
         window, self._next = self._next, self._next + 1
-        place, first = window % self.spec.slots * self._slot_bytes, start - start % way.alignment
-        job, table, last = self._job, self.words.jobs, (way.most, way.number, plain.number, window)
-        most = max(self._part_bytes, way.most) if way.is_direct else self._part_bytes
-        parts = parts_of(start, stop, way.alignment, most)
-        for part, (position, length, needed) in enumerate(parts):
-            record = (job + part) % JOBS * JOB_BYTES
-            JOB.pack_into(
-                table, record, position, length, place + position - first, needed, *last, part
-            )
-        self.readers.send(_NUMBERS[job * NUMBER.size : (job + len(parts)) * NUMBER.size])
-        self._job = (job + len(parts)) % JOBS
-        return window, len(parts), place + start - first
+        job, place = window % MOST_WINDOWS, window % self.spec.slots * self._slot_bytes
+        first, end = start - start % way.alignment, stop + -stop % way.alignment
+        most = self._part_bytes[way.is_direct]
+        numbers = most, way.number, plain.number, window
+        JOB.pack_into(self.words.jobs, job * JOB_BYTES, first, stop, end, place, *numbers)
+        parts = -(-(end - first) // most)
+        self.readers.send(_NUMBERS[job * LINE * NUMBER.size : (job * LINE + parts) * NUMBER.size])
+        return window, parts, place + start - first
 
     def close_files(self, seconds: float | None = reader_group.ANSWER_SECONDS) -> None:
         """Return once no reader has a file open.
@@ -183,20 +179,3 @@ class Crew:
             along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
             self.readers.tell_each(FILE.pack(number), along)
             self._known.add(number)
-
-
-def parts_of(start: int, stop: int, alignment: int, most: int) -> list[tuple[int, int, int]]:
-    """What is read to have these bytes of a file: first byte, length, and how many of them must come.
-
-    Args:
-        start: The first byte that is wanted.
-        stop: The byte after the last.
-        alignment: What first bytes and lengths are multiples of.
-        most: The longest read, a multiple of it.
-    """
-    first = start - start % alignment
-    end = stop + -stop % alignment
-    return [
-        (position, min(most, end - position), min(most, stop - position))
-        for position in range(first, end, most)
-    ]

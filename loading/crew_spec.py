@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from weightlift.loading.residency import PAGE
-from weightlift.loading.worker import JOBS, LINE, words_bytes
+from weightlift.loading.worker import LINE, words_bytes
 
 PART_BYTES = 2 << 20
-"""What one job reads from the page cache. Of smaller ones the bytes stay longer in the processor's cache; each costs the
-thread that hands them out 6 us."""
+"""A part of a window that comes from the page cache. Of smaller ones the bytes stay longer in the
+processor's cache until the device fetches them."""
+
+DIRECT_READ_BYTES = 6 << 20
+"""A read past it: a window on CUDA is two. Twelve readers then have 72 MiB under way. Into huge
+pages a virtual disk gave 3.2 GB/s that way, and 3.0 by reads of 2 MiB; an H100 host's slower one 1.7 GB/s
+where those of 2 MiB had 1.4 to 1.9."""
 
 
 class Way(NamedTuple):
@@ -20,13 +25,11 @@ class Way(NamedTuple):
         number: Of this way into the file; no other open file has it.
         descriptor: Where to read.
         alignment: First bytes and lengths of reads are multiples of it, but for the file's end.
-        most: Bytes that one read should take.
     """
 
     number: int
     descriptor: int
     alignment: int
-    most: int
 
     @property
     def is_direct(self) -> bool:
@@ -59,14 +62,9 @@ class CrewSpec:
 
     @property
     def part_bytes(self) -> int:
-        """The most that one job reads: whole pages, and a window has no more parts than a line words."""
+        """The most of a part from the page cache: whole pages, and a window has no more parts than a line words."""
         least = -(-self.slot_bytes // LINE)
         return max(PART_BYTES, -(-least // PAGE) * PAGE)
-
-    @property
-    def most_windows(self) -> int:
-        """Windows that may wait or be done: their jobs fit the table."""
-        return JOBS // -(-self.slot_bytes // self.part_bytes) - 1
 
     @property
     def memory_bytes(self) -> int:

@@ -17,7 +17,7 @@ from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.stage import active_stage
 from weightlift.loading.submission import Asked, Submission, copies_alone
-from weightlift.loading.worker import LINE, NEVER
+from weightlift.loading.worker import LINE, MOST_WINDOWS, NEVER
 from weightlift.loading.writer import Writer
 from weightlift.loading.writers import make_writer
 
@@ -44,7 +44,6 @@ class CrewReaders(ReaderPool):
         self._spec = spec
         self._offered: deque[Window] = deque()
         self._asked: deque[Asked] = deque()
-        self._most_asked = spec.most_windows
         self._turn = threading.Lock()  # for one thread at a time to hand out and look
         self._needed = threading.Event()
         self._nap = _NAP
@@ -190,9 +189,9 @@ class CrewReaders(ReaderPool):
     def _takes_more(self) -> bool:
         if self._failure is not None or not self._is_ready:
             return False
-        if len(self._asked) >= self._most_asked:
+        if len(self._asked) >= MOST_WINDOWS:
             self._note_arrivals()
-        return len(self._asked) < self._most_asked
+        return len(self._asked) < MOST_WINDOWS
 
     def _drop_offered(self) -> None:
         while self._offered:

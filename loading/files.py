@@ -13,16 +13,11 @@ from collections.abc import Sequence
 import torch
 
 from weightlift.loading.buffers import Buffer, Locked, Staged, after
-from weightlift.loading.crew_spec import Way
+from weightlift.loading.crew_spec import DIRECT_READ_BYTES, Way
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.residency import PAGE, PageCache, can_bypass_cache
 
 IOV_MAX: int = os.sysconf("SC_IOV_MAX")
-DIRECT_READ_BYTES = 6 << 20
-"""A direct read: what a crew's window has two of. Twelve readers then have 72 MiB under way. Into huge
-pages a virtual disk gave 3.2 GB/s that way, and 3.0 by reads of 2 MiB; an H100 host's slower one 1.7 GB/s
-where those of 2 MiB had 1.4 to 1.9."""
-
 _numbers = itertools.count(1)
 
 Identity = tuple[int, int, int, int]
@@ -135,8 +130,8 @@ class ShardFile:
     def way(self, *, is_direct: bool) -> Way:
         """How others are to read it, perhaps past the page cache; see :meth:`is_direct`."""
         if is_direct:
-            return Way(self._numbers[1], self._direct_descriptor(), PAGE, DIRECT_READ_BYTES)
-        return Way(self._numbers[0], self._descriptor, 1, 1 << 30)
+            return Way(self._numbers[1], self._direct_descriptor(), PAGE)
+        return Way(self._numbers[0], self._descriptor, 1)
 
     def staged_view(self, start: int, stop: int) -> torch.Tensor | None:
         """The bytes from ``start`` to ``stop`` where they are in memory already: flat uint8."""

@@ -1,9 +1,9 @@
-"""A reader outside of the interpreter: takes jobs from a socket, reads files into shared memory.
+"""A reader outside of the interpreter: takes jobs from a pipe, reads files into shared memory.
 
 The program of the reader processes, and of the threads that stand in for them where there are none.
 It imports built-in modules alone, so that a process is ready in 10 ms, and speaks of numbers alone:
 which file (its descriptor comes by a socket of each reader's own), from which byte, how many, to where.
-Jobs stand in a table in the shared memory; a pipe gives the number of each to one of the readers.
+Windows stand in a table in the shared memory; a pipe gives the number of each part to one of the readers.
 
 What is read and what is free again stands in words of the shared memory, for whoever waits for it:
 the device itself, mostly. Nobody is told, so that no reader and no copy waits for an interpreter.
@@ -22,19 +22,23 @@ import sys
 import time
 from _socket import socket
 
-JOB = struct.Struct("=QQQIIIIII")
-"""First byte of the file, how many, where in the memory they go, how many of them must come (a read past
-the page cache takes whole pages), the most that one read takes, the number of the file, that of the file
-as it is read through the page cache, the number of the window, and that of this part of it."""
+JOB = struct.Struct("=QQQQIIII")
+"""A window: the first byte that is read of the file, the byte after the last that must come, the one after
+the last that is read (past the page cache come whole pages), where in the memory the first goes, how many
+bytes a part has, the number of the file, that of the file as it is read through the page cache, and the
+number of the window."""
 
 JOB_BYTES = 64
-JOBS = 512
-"""Places in the table: more than there are jobs that wait or are done."""
+MOST_WINDOWS = 64
+"""Windows that are asked for and not yet free again, at most: places in the table. The numbers of all their
+parts fit the smallest pipe that Linux makes."""
 
 NUMBER = struct.Struct("=I")
+"""Of a part: its own within the window, and :data:`LINE` times the place of that in the table."""
+
 DESCRIPTOR = struct.Struct("=i")
 CLOSE = 0xFFFFFFFF
-"""In place of the number of a job: close every file."""
+"""In place of the number of a part: close every file."""
 
 FILE = struct.Struct("=I")
 """The number of a file whose descriptor comes along. 0: go on, all have closed theirs."""
@@ -74,7 +78,7 @@ class Words:
 
     def __init__(self, memory: memoryview, slots: int) -> None:
         size = slots * LINE * 4
-        jobs = len(memory) - JOBS * JOB_BYTES if slots else 0
+        jobs = len(memory) - MOST_WINDOWS * JOB_BYTES if slots else 0
         read, short, free = (jobs - part * size for part in (3, 2, 1))
         self.slots = slots
         self.places = read, free
@@ -101,7 +105,7 @@ class Words:
 
 def words_bytes(slots: int) -> int:
     """Bytes of words and jobs for so many slots: whole pages."""
-    return -(-(3 * slots * LINE * 4 + JOBS * JOB_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-(3 * slots * LINE * 4 + MOST_WINDOWS * JOB_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Reader:
@@ -143,24 +147,26 @@ class Reader:
                 if number == CLOSE:
                     self._close_all()
                 else:
-                    self._read(*JOB.unpack_from(self._words.jobs, number * JOB_BYTES))
+                    job, part = divmod(number, LINE)
+                    self._read(part, *JOB.unpack_from(self._words.jobs, job * JOB_BYTES))
         except (BrokenPipeError, ConnectionError, EOFError):
             return  # nobody waits any more
         finally:
             if self._own is not None:
                 self._close_files()
 
-    def _read(self, *job: int) -> None:
-        """Do one job, whose numbers are those of ``JOB``."""
-        offset, length, place, needed, most, file, plain, window, part = job
+    def _read(self, part: int, *job: int) -> None:
+        """Read a part of a window; the other numbers are those of ``JOB``."""
+        first, stop, end, place, most, file, plain, window = job
         slot = window % self._words.slots
         self._await_free(slot, window - self._words.slots)
         if self._words.free[slot * LINE] == NEVER:
             return
-        room = self._memory[place : place + length]
-        got = read(self._descriptor(file), offset, room, most)
+        before, length, needed = part_of(part, first, stop, end, most)
+        offset, room = first + before, self._memory[place + before : place + before + length]
+        got = read(self._descriptor(file), offset, room)
         if got < needed and plain != file:
-            got += read(self._descriptor(plain), offset + got, room[got:needed], most)
+            got += read(self._descriptor(plain), offset + got, room[got:needed])
         if got < needed:
             self._words.short[slot * LINE + part] = window
         self._words.read[slot * LINE + part] = window
@@ -212,12 +218,18 @@ class Reader:
         os.write(self._done, DONE.pack(self._number, answer))
 
 
-def read(file: int, offset: int, room: memoryview, most: int) -> int:
-    """Fill ``room`` from byte ``offset`` on, ``most`` bytes a read; returns how many came."""
+def part_of(part: int, first: int, stop: int, end: int, most: int) -> tuple[int, int, int]:
+    """Of a part of ``most`` bytes: those of the window before it, its own, and how many of them must come."""
+    before = part * most
+    return before, min(most, end - first - before), min(most, stop - first - before)
+
+
+def read(file: int, offset: int, room: memoryview) -> int:
+    """Fill ``room`` from byte ``offset`` on; returns how many came."""
     got = 0
     while got < len(room):
         try:
-            count = os.preadv(file, [room[got : got + most]], offset + got)
+            count = os.preadv(file, [room[got:]], offset + got)
         except OSError:
             break
         if count == 0:

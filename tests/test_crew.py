@@ -38,17 +38,17 @@ from weightlift.loading import (
     worker,
     writers,
 )
-from weightlift.loading.crew import Crew, parts_of
+from weightlift.loading.crew import Crew
 from weightlift.loading.crew_spec import CrewSpec, Way
 from weightlift.loading.crews import Crews, crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
-from weightlift.loading.files import DIRECT_READ_BYTES, ShardFile
+from weightlift.loading.files import ShardFile
 from weightlift.loading.plan import Window
 from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.state_dict import load_into
-from weightlift.loading.worker import JOBS, LINE, NEVER, Words
+from weightlift.loading.worker import LINE, MOST_WINDOWS, NEVER, Words, part_of
 from weightlift.loading.writers import CudaWriter, ThreadWriter
 
 READERS = 2
@@ -153,7 +153,7 @@ def test_reads_past_the_page_cache_are_larger(tmp_path: Path) -> None:
     file, way = ways(tmp_path / "file")
     crew = Crew(CrewSpec(READERS, 3, 12 << 20))
     crew.start()
-    direct = Way(way.number + 1_000_000, way.descriptor, mmap.PAGESIZE, DIRECT_READ_BYTES)
+    direct = Way(way.number + 1_000_000, way.descriptor, mmap.PAGESIZE)
     for how, expected in ((way, 6), (direct, 2)):
         window, parts, place = crew.ask(how, way, 1 << 20, 13 << 20)
         assert parts == expected
@@ -170,7 +170,7 @@ def test_what_is_not_read_past_the_page_cache_is_read_through_it(tmp_path: Path)
     with (tmp_path / "other").open("wb") as unreadable:
         crew = Crew(SPEC)
         crew.start()
-        bad = Way(way.number + 1_000_000, unreadable.fileno(), 4096, 1 << 20)
+        bad = Way(way.number + 1_000_000, unreadable.fileno(), 4096)
         window, parts, place = crew.ask(bad, way, 5_000, 100_000)
         wait_until_read(crew, window, parts)
     assert crew.ring.view[place : place + 95_000] == data[5_000:] and not any(crew.words.short)
@@ -182,7 +182,7 @@ def test_what_is_not_read_past_the_page_cache_is_read_through_it(tmp_path: Path)
 
 
 def test_the_table_of_jobs_is_filled_again_and_again(tmp_path: Path) -> None:
-    data = os.urandom(3 * JOBS)
+    data = os.urandom(3 * MOST_WINDOWS)
     (tmp_path / "file").write_bytes(data)
     file, way = ways(tmp_path / "file")
     crew = Crew(CrewSpec(READERS, 2, 1 << 12))
@@ -190,7 +190,7 @@ def test_the_table_of_jobs_is_filled_again_and_again(tmp_path: Path) -> None:
     asked: list[tuple[int, int, int]] = []
     for start in range(len(data)):
         asked.append(crew.ask(way, way, start, start + 1))
-        if len(asked) == crew.spec.most_windows or start == len(data) - 1:
+        if len(asked) == MOST_WINDOWS or start == len(data) - 1:
             for number, parts, place in asked:
                 wait_until_read(crew, number, parts)
                 assert crew.ring.view[place] == data[number - 2]
@@ -355,7 +355,7 @@ def test_who_offers_windows_hands_them_out_and_the_feeder_what_is_left(
     many: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, weights = many
-    monkeypatch.setattr(CrewSpec, "most_windows", 2)
+    monkeypatch.setattr(feeder, "MOST_WINDOWS", 2)
     begun: collections.Counter[str] = collections.Counter()
     start, begin = feeder.CrewReaders.start, feeder.CrewReaders._begin
 
@@ -736,7 +736,9 @@ def test_parts_hold_every_byte_once_and_in_order(
     start: int, length: int, alignment: int, most: int
 ) -> None:
     stop = start + length
-    parts = parts_of(start, stop, alignment, most)
+    first, end = start - start % alignment, stop + -stop % alignment
+    each = [part_of(part, first, stop, end, most) for part in range(-(-(end - first) // most))]
+    parts = [(first + before, nbytes, must) for before, nbytes, must in each]
     assert parts[0][0] <= start < parts[0][0] + alignment
     needed = sum(part[2] for part in parts)
     assert parts[0][0] + needed == stop, "nothing after the last byte that is wanted must come"
