@@ -14,7 +14,7 @@ import torch
 from weightlift.loading.buffers import memory_of
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.files import ShardFile
-from weightlift.loading.residency import PAGE
+from weightlift.loading.pages import PAGE
 from weightlift.loading.staging import page_aligned, register, unregister
 
 CALLS = 3

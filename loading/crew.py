@@ -18,7 +18,7 @@ from weightlift.loading.crew_spec import DIRECT_READ_BYTES, CrewSpec, Way
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.ring import SharedRing
-from weightlift.loading.worker import (
+from weightlift.loading.words import (
     CLOSE,
     CLOSED,
     FILE,
@@ -49,7 +49,7 @@ class Crew:
         spec: What they were to be like.
         in_processes: Whether they are processes.
         ring: The memory of all slots.
-        words: What is read, and what is free; see :class:`~weightlift.loading.worker.Words`.
+        words: What is read, and what is free; see :class:`~weightlift.loading.words.Words`.
         readers: The readers.
 
     Raises:
@@ -104,7 +104,7 @@ class Crew:
     def ask(self, way: Way, plain: Way, start: int, stop: int) -> tuple[int, int, int]:
         """Have a window read as soon as its slot is free; the words tell when it is.
 
-        Of those asked for and not freed again there are at most :data:`~weightlift.loading.worker.MOST_WINDOWS`.
+        Of those asked for and not freed again there are at most :data:`~weightlift.loading.words.MOST_WINDOWS`.
 
         Args:
             way: How to read the file.

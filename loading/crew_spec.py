@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from weightlift.loading.residency import PAGE
-from weightlift.loading.worker import LINE, words_bytes
+from weightlift.loading.pages import PAGE
+from weightlift.loading.words import LINE, words_bytes
 
 PART_BYTES = 2 << 20
 """A part of a window that comes from the page cache. Of smaller ones the bytes stay longer in the

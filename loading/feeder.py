@@ -17,7 +17,7 @@ from weightlift.loading.plan import Window
 from weightlift.loading.reader import ReaderPool
 from weightlift.loading.stage import active_stage
 from weightlift.loading.submission import Asked, Submission, copies_alone
-from weightlift.loading.worker import LINE, MOST_WINDOWS, NEVER
+from weightlift.loading.words import LINE, MOST_WINDOWS, NEVER
 from weightlift.loading.writer import Writer
 from weightlift.loading.writers import make_writer
 

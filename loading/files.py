@@ -15,7 +15,8 @@ import torch
 from weightlift.loading.buffers import Buffer, Locked, Staged, after
 from weightlift.loading.crew_spec import DIRECT_READ_BYTES, Way
 from weightlift.loading.errors import CheckpointError
-from weightlift.loading.residency import PAGE, PageCache, can_bypass_cache
+from weightlift.loading.pages import PAGE
+from weightlift.loading.residency import PageCache, can_bypass_cache
 
 IOV_MAX: int = os.sysconf("SC_IOV_MAX")
 _numbers = itertools.count(1)

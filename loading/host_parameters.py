@@ -8,8 +8,7 @@ from collections import Counter
 import torch
 
 from weightlift.loading.host_blocks import HostBlocks
-from weightlift.loading.pages import are_untouched
-from weightlift.loading.residency import PAGE
+from weightlift.loading.pages import PAGE, are_untouched
 
 
 def move_parameters(model: torch.nn.Module, device: torch.device, threads: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from weightlift.loading.buffers import Buffer, memory_at, memory_of
+from weightlift.loading.pages import PAGE
 from weightlift.loading.plan import Window
-from weightlift.loading.residency import PAGE
 from weightlift.loading.settings import MIB
 from weightlift.loading.staging import page_aligned
 from weightlift.loading.transfer import Run, Transfer

@@ -15,14 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
-from weightlift.loading import worker
 from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.ring import SharedRing
-from weightlift.loading.worker import DONE, READY, Reader
+from weightlift.loading.words import DONE, READY
+from weightlift.loading.worker import Reader, command
 
 START_SECONDS = 20.0
 """Processes that are not ready by then are given up."""
@@ -202,7 +201,7 @@ class ReaderGroup:
         numbers = [descriptors[0], self._spec.slots, *descriptors[1:]]
         libraries = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(worker.__file__)), *map(str, numbers)],
+            command(*numbers),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -8,7 +8,8 @@ import mmap
 import os
 from pathlib import Path
 
-PAGE = mmap.PAGESIZE
+from weightlift.loading.pages import PAGE
+
 SAMPLES = 4
 """Pages of a stretch that are looked at. One that is not cached makes the stretch cold."""
 

@@ -10,13 +10,11 @@ from typing import Final
 
 import torch
 
-from weightlift.loading.pages import HUGE_PAGE, collapse, touch
+from weightlift.loading.pages import HUGE_PAGE, collapse, map_shared, touch
 from weightlift.loading.staging import register, unregister
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
-_LIBC.mmap.restype = ctypes.c_void_p
 _CLOSE_ON_EXEC = 1  # MFD_CLOEXEC
-_AT_THIS_ADDRESS = 0x10  # MAP_FIXED
 
 
 class SharedRing:
@@ -40,13 +38,14 @@ class SharedRing:
         try:
             if self.descriptor >= 0:
                 os.ftruncate(self.descriptor, nbytes)
-            mapped = _mapped(self.descriptor, nbytes)
+                self.view = map_shared(self.descriptor, nbytes)
+            else:
+                self.view = memoryview(mmap.mmap(-1, nbytes))
         except BaseException:
             self._close()
             raise
-        self.view = mapped
         with torch.inference_mode(mode=False):
-            self.memory = torch.frombuffer(mapped, dtype=torch.uint8)
+            self.memory = torch.frombuffer(self.view, dtype=torch.uint8)
         self.is_pinned = self._is_touched = False
 
     def get_ready(self, threads: int, *, pinned: bool) -> None:
@@ -97,26 +96,6 @@ def _memory_file() -> int:
         return int(_LIBC.memfd_create(b"weightlift-ring", _CLOSE_ON_EXEC))
     except AttributeError:
         return -1
-
-
-def _mapped(descriptor: int, nbytes: int) -> memoryview:
-    """All of such a file, from the begin of a huge page on, or memory for this process alone.
-
-    Raises:
-        OSError: The host has no such memory.
-    """
-    if descriptor < 0:
-        return memoryview(mmap.mmap(-1, nbytes))
-    # Its addresses are kept, and given back, by a mapping that this one takes the place of
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    room = memoryview(mmap.mmap(-1, nbytes + HUGE_PAGE, flags=private))
-    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    start = -address % HUGE_PAGE
-    where, size = ctypes.c_void_p(address + start), ctypes.c_size_t(nbytes)
-    access, how = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _AT_THIS_ADDRESS
-    if _LIBC.mmap(where, size, access, how, descriptor, ctypes.c_long(0)) != address + start:
-        raise OSError(ctypes.get_errno(), "mmap")
-    return room[start : start + nbytes]
 
 
 def _find(address: int, nbytes: int) -> None:

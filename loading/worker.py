@@ -1,111 +1,36 @@
 """A reader outside of the interpreter: takes jobs from a pipe, reads files into shared memory.
 
 The program of the reader processes, and of the threads that stand in for them where there are none.
-It imports built-in modules alone, so that a process is ready in 10 ms, and speaks of numbers alone:
-which file (its descriptor comes by a socket of each reader's own), from which byte, how many, to where.
-Windows stand in a table in the shared memory; a pipe gives the number of each part to one of the readers.
-
-What is read and what is free again stands in words of the shared memory, for whoever waits for it:
-the device itself, mostly. Nobody is told, so that no reader and no copy waits for an interpreter.
-
-    worker.py MEMORY SLOTS DONE JOBS OWN...    a number: SLOTS; the rest are descriptors: shared memory,
-                                               a pipe for answers, one for jobs, a socket of each reader
+It imports little, so that a process is ready in 15 ms. A pipe gives the number of each part of a window to
+one of the readers; the descriptors of files come by a socket of each reader's own.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
-import struct
 import sys
 import time
 from _socket import socket
 
-JOB = struct.Struct("=QQQQIIII")
-"""A window: the first byte that is read of the file, the byte after the last that must come, the one after
-the last that is read (past the page cache come whole pages), where in the memory the first goes, how many
-bytes a part has, the number of the file, that of the file as it is read through the page cache, and the
-number of the window."""
-
-JOB_BYTES = 64
-MOST_WINDOWS = 64
-"""Windows that are asked for and not yet free again, at most: places in the table. The numbers of all their
-parts fit the smallest pipe that Linux makes."""
-
-NUMBER = struct.Struct("=I")
-"""Of a part: its own within the window, and :data:`LINE` times the place of that in the table."""
-
-DESCRIPTOR = struct.Struct("=i")
-CLOSE = 0xFFFFFFFF
-"""In place of the number of a part: close every file."""
-
-FILE = struct.Struct("=I")
-"""The number of a file whose descriptor comes along. 0: go on, all have closed theirs."""
-
-DONE = struct.Struct("=II")
-"""Number of the reader and its answer."""
-
-READY, CLOSED = 1, 2
-"""Answers: there it is, and it has no file open."""
-
-LINE = 16
-"""Words for a slot: the numbers of the windows whose parts were read last, a word each. Windows are
-numbered from the number of slots on, and window ``n`` is in slot ``n`` modulo that."""
-
-NEVER = 0x7FFFFFFF
-"""In place of all numbers, once something failed: nobody is to wait any more."""
+from weightlift.loading.pages import address_of, map_pages, map_shared
+from weightlift.loading.words import (
+    CLOSE,
+    CLOSED,
+    DESCRIPTOR,
+    DONE,
+    FILE,
+    JOB,
+    JOB_BYTES,
+    LINE,
+    NEVER,
+    NUMBER,
+    READY,
+    Words,
+)
 
 _ONE_DESCRIPTOR = 32  # CMSG_SPACE of one, with room to spare
-POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 _NAPS, _NAP, _LONG_NAP_MS = 1000, 2e-5, 1
-
-
-class Words:
-    """What stands at the end of the shared memory: words, which :meth:`reset` begins, and jobs.
-
-    Args:
-        memory: All of it.
-        slots: How many slots it has.
-
-    Attributes:
-        read: By slot and part, the window that was read last.
-        short: By slot and part, the window of which bytes are missing.
-        free: By slot, in the first word of its line, the window that was fetched last.
-        places: The bytes of the memory where ``read`` and ``free`` begin.
-        jobs: The table of jobs.
-    """
-
-    def __init__(self, memory: memoryview, slots: int) -> None:
-        size = slots * LINE * 4
-        jobs = len(memory) - MOST_WINDOWS * JOB_BYTES if slots else 0
-        read, short, free = (jobs - part * size for part in (3, 2, 1))
-        self.slots = slots
-        self.places = read, free
-        self.jobs = memory[jobs:]
-        self.read, self.short, self.free = (
-            memory[place : place + size].cast("I") for place in (read, short, free)
-        )
-
-    def reset(self) -> None:
-        """Begin again: nothing was read, and all is free, as if windows before the first had gone."""
-        self._fill(0)
-        for slot in range(self.slots):
-            self.free[slot * LINE] = slot
-
-    def let_go(self) -> None:
-        """Have nobody wait any more, for nobody reads any more."""
-        self._fill(NEVER)
-
-    def _fill(self, number: int) -> None:
-        for words in (self.short, self.free, self.read):
-            for place in range(len(words)):
-                words[place] = number
-
-
-def words_bytes(slots: int) -> int:
-    """Bytes of words and jobs for so many slots: whole pages."""
-    return -(-(3 * slots * LINE * 4 + MOST_WINDOWS * JOB_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Reader:
@@ -140,9 +65,13 @@ class Reader:
         """Do jobs until the other side closes the pipe of their numbers."""
         try:
             self._answer(READY)
-            if self._own is not None:
-                map_pages(self._memory)  # while the other side pins them
+            is_mapped = self._own is None
             while message := os.read(self._jobs, NUMBER.size):
+                if (
+                    not is_mapped
+                ):  # before, the other side may have the kernel make huge pages of them
+                    map_pages(address_of(self._memory), len(self._memory))
+                    is_mapped = True
                 number = NUMBER.unpack(message)[0]
                 if number == CLOSE:
                     self._close_all()
@@ -238,18 +167,6 @@ def read(file: int, offset: int, room: memoryview) -> int:
     return got
 
 
-def map_pages(memory: memoryview) -> None:
-    """Have the kernel map all pages of some memory into this process.
-
-    It would at the first read into each: 96 MiB were filled in 47 ms that way, in 12 ms when mapped, which
-    took 22.
-    """
-    try:
-        memory.obj.madvise(POPULATE_WRITE)  # type: ignore[attr-defined]
-    except OSError:  # Linux before 5.14: at the first read, then
-        pass
-
-
 def _fork(
     number: int, memory: memoryview, slots: int, done: int, jobs: int, own: list[int]
 ) -> None:
@@ -267,9 +184,35 @@ def _fork(
         os._exit(status)
 
 
+def command(*numbers: int) -> list[str]:
+    """What begins the processes: a Python that looks for no packages but this one, and that last.
+
+    Args:
+        numbers: The arguments of :func:`main`.
+    """
+    top = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    return [sys.executable, "-I", "-S", "-c", _PROGRAM, top, *map(str, numbers)]
+
+
+_PROGRAM = """
+import sys
+sys.path.append(sys.argv[1])
+from weightlift.loading.worker import main
+main(*map(int, sys.argv[2:]))
+"""
+
+
 def main(shared: int, slots: int, done: int, jobs: int, *own: int) -> None:
-    """Have a process for each socket, and end when all of them have."""
-    memory = memoryview(mmap.mmap(shared, os.fstat(shared).st_size))
+    """Have a process for each socket, and end when all of them have.
+
+    Args:
+        shared: The descriptor of the memory.
+        slots: How many slots it has.
+        done: The writing end of the pipe for answers.
+        jobs: The reading end of the one for jobs.
+        own: A socket of each reader.
+    """
+    memory = map_shared(shared, os.fstat(shared).st_size)
     for number in range(len(own)):
         _fork(number, memory, slots, done, jobs, list(own))
     for descriptor in (done, jobs, *own):
@@ -282,7 +225,3 @@ def main(shared: int, slots: int, done: int, jobs: int, *own: int) -> None:
         if not is_sound:  # the device may wait for one that was killed; the others may still write
             Words(memory, slots).let_go()
             time.sleep(0 if ended else 0.01)
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))

@@ -15,7 +15,7 @@ import torch
 from weightlift.loading.batch import batch_copy
 from weightlift.loading.crew import Crew
 from weightlift.loading.stream_words import StreamWords, stream_words
-from weightlift.loading.worker import LINE
+from weightlift.loading.words import LINE
 from weightlift.loading.writer import CopyList, Issued, Writer
 
 logger = logging.getLogger("weightlift")

@@ -35,6 +35,7 @@ from weightlift.loading import (
     reader_group,
     readers,
     ring,
+    words,
     worker,
     writers,
 )
@@ -48,7 +49,8 @@ from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.state_dict import load_into
-from weightlift.loading.worker import LINE, MOST_WINDOWS, NEVER, Words, part_of
+from weightlift.loading.words import LINE, MOST_WINDOWS, NEVER, Words
+from weightlift.loading.worker import part_of
 from weightlift.loading.writers import CudaWriter, ThreadWriter
 
 READERS = 2
@@ -272,20 +274,20 @@ class WatchedReader(worker.Reader):
 
 def test_a_file_that_a_reader_never_needed_is_closed_too(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    memory = memoryview(mmap.mmap(-1, worker.words_bytes(1)))
+    memory = memoryview(mmap.mmap(-1, words.words_bytes(1)))
     jobs, numbers = os.pipe()
     answers, done = os.pipe()
     ours, theirs = socket.socketpair()
     reader = WatchedReader(0, jobs, theirs, done, memory, 1)
     file = os.open(tmp_path / "file", os.O_RDONLY)
     for number in range(1, 4):
-        socket.send_fds(ours, [worker.FILE.pack(number)], [file])
-    os.write(numbers, worker.NUMBER.pack(worker.CLOSE))
+        socket.send_fds(ours, [words.FILE.pack(number)], [file])
+    os.write(numbers, words.NUMBER.pack(words.CLOSE))
     thread = threading.Thread(target=reader.serve)
     thread.start()
     while len(reader.found) < 2 and thread.is_alive():
         time.sleep(0.001)
-    ours.send(worker.FILE.pack(0))
+    ours.send(words.FILE.pack(0))
     os.close(numbers)
     thread.join()
     for descriptor in (file, jobs, answers, done):
@@ -430,23 +432,22 @@ def test_all_pages_of_the_memory_are_there_before_it_is_used(
 
 
 def test_what_readers_fill_is_in_huge_pages() -> None:
-    nbytes = 4 * pages.HUGE_PAGE
+    nbytes, before = 4 * pages.HUGE_PAGE, huge_bytes("self")
     memory = ring.SharedRing(nbytes + 3 * mmap.PAGESIZE)
     pages.collapse(memory.memory.data_ptr(), pages.HUGE_PAGE)
-    if not huge_bytes(memory):
+    if huge_bytes("self") == before:
         pytest.skip("this kernel makes no huge pages of shared memory")
     memory.get_ready(2, pinned=False)
-    assert huge_bytes(memory) == nbytes
+    assert huge_bytes("self") == before + nbytes
     assert os.fstat(memory.descriptor).st_blocks * 512 == memory.memory.numel()
     memory.release()
 
 
-def huge_bytes(memory: ring.SharedRing) -> int:
-    """Bytes of it that are mapped by huge pages."""
-    maps = Path("/proc/self/smaps").read_text()
-    own = maps.partition(f"{memory.memory.data_ptr():x}-")[2]
-    (found,) = re.findall(r"^ShmemPmdMapped: +([0-9]+) kB$", own, re.MULTILINE)[:1]
-    return int(found) << 10
+def huge_bytes(process: int | str) -> int:
+    """Bytes of shared memory that a process has mapped by huge pages."""
+    text = Path(f"/proc/{process}/smaps").read_text()
+    found = re.findall(r"^ShmemPmdMapped: +([0-9]+) kB$", text, re.MULTILINE)
+    return sum(map(int, found)) << 10
 
 
 def test_a_device_that_fails_does_not_hang_the_load(
@@ -550,12 +551,12 @@ def test_a_crew_that_cannot_start_leaves_nothing_behind(
     tuple(map(int, platform.release().split(".")[:2])) < (5, 14), reason="needs Linux 5.14"
 )
 def test_readers_have_their_memory_mapped_before_they_read(own: Crews) -> None:
+    before = huge_bytes("self")
     crew = own.take(CrewSpec(READERS, 8, 4 << 20))
-    until = time.monotonic() + 30
+    crew.close_files()  # the first that each of them is told
     for pid in family(supervisor(crew)):
-        while _shared_bytes(pid) < crew.ring.memory.numel() and time.monotonic() < until:
-            time.sleep(0.02)
         assert _shared_bytes(pid) >= crew.ring.memory.numel()
+        assert huge_bytes(pid) == huge_bytes("self") - before
     own.give(crew)
 
 

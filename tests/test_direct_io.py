@@ -16,8 +16,8 @@ from weightlift.loading.buffers import memory_of
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.files import ShardFile
+from weightlift.loading.pages import PAGE
 from weightlift.loading.report import LoadReport
-from weightlift.loading.residency import PAGE
 from weightlift.loading.settings import Settings
 from weightlift.loading.staging import page_aligned
 from weightlift.loading.state_dict import load_into
