@@ -67,9 +67,8 @@ class Reader:
             self._answer(READY)
             is_mapped = self._own is None
             while message := os.read(self._jobs, NUMBER.size):
-                if (
-                    not is_mapped
-                ):  # before, the other side may have the kernel make huge pages of them
+                # Not before: the other side may have the kernel make huge pages of them
+                if not is_mapped:
                     map_pages(address_of(self._memory), len(self._memory))
                     is_mapped = True
                 number = NUMBER.unpack(message)[0]
