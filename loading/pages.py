@@ -70,13 +70,17 @@ def collapse(address: int, nbytes: int) -> None:
     Args:
         address: The first byte.
         nbytes: How many. What does not fill a huge page stays as it is.
+
+    Raises:
+        OSError: The host has no such memory.
     """
     first, stop = address + -address % HUGE_PAGE, address + nbytes
     until = time.monotonic() + _PATIENCE
     for page in range(first, stop - HUGE_PAGE + 1, HUGE_PAGE):
-        ctypes.memset(page, 0, 1)  # where there is nothing the kernel collapses nothing
-        refused = _LIBC.madvise(ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE), COLLAPSE)
-        if refused or time.monotonic() > until:
+        # Where there is nothing the kernel collapses nothing
+        is_there = _populate(page, PAGE, POPULATE_WRITE)
+        where, size = ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE)
+        if not is_there or _LIBC.madvise(where, size, COLLAPSE) or time.monotonic() > until:
             return
 
 
