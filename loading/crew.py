@@ -16,6 +16,7 @@ from typing import Final
 from weightlift.loading import reader_group
 from weightlift.loading.crew_spec import DIRECT_READ_BYTES, CrewSpec, Way
 from weightlift.loading.errors import PlanAborted
+from weightlift.loading.pages import PAGE
 from weightlift.loading.reader_group import ReaderGroup
 from weightlift.loading.ring import SharedRing
 from weightlift.loading.words import (
@@ -99,7 +100,10 @@ class Crew:
         self._next = self.spec.slots
 
     def _get_memory_ready(self) -> None:
-        self.ring.get_ready(self.spec.readers, pinned=self.spec.pinned)
+        self.ring.find_pages(self.spec.readers)
+        self.readers.tell_each(FILE.pack(0))  # they map it meanwhile
+        if self.spec.pinned:
+            self.ring.lock()
 
     def ask(self, way: Way, plain: Way, start: int, stop: int) -> tuple[int, int, int]:
         """Have a window read as soon as its slot is free; the words tell when it is.
@@ -123,8 +127,7 @@ class Crew:
             self._introduce({way.number: way, plain.number: plain})
         window, self._next = self._next, self._next + 1
         job, place = window % MOST_WINDOWS, window % self.spec.slots * self._slot_bytes
-        first, end = start - start % way.alignment, stop + -stop % way.alignment
-        most = self._part_bytes[way.is_direct]
+        first, end, most = cut(start, stop, way.alignment, self._part_bytes[way.is_direct])
         numbers = most, way.number, plain.number, window
         JOB.pack_into(self.words.jobs, job * JOB_BYTES, first, stop, end, place, *numbers)
         parts = -(-(end - first) // most)
@@ -179,3 +182,17 @@ class Crew:
             along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
             self.readers.tell_each(FILE.pack(number), along)
             self._known.add(number)
+
+
+def cut(start: int, stop: int, alignment: int, most: int) -> tuple[int, int, int]:
+    """How a window is read: its first byte, the byte after its last, and how many bytes a part has.
+
+    Args:
+        start: The first byte that is wanted.
+        stop: The byte after the last.
+        alignment: What first bytes and lengths are multiples of.
+        most: About as many bytes are a part: where whole pages are read, a page more is no part of its own.
+    """
+    first, end = start - start % alignment, stop + -stop % alignment
+    parts = -(-(stop - start) // most)
+    return first, end, -(-(end - first) // (parts * PAGE)) * PAGE

@@ -12,10 +12,10 @@ PART_BYTES = 2 << 20
 """A part of a window that comes from the page cache. Of smaller ones the bytes stay longer in the
 processor's cache until the device fetches them."""
 
-DIRECT_READ_BYTES = 6 << 20
-"""A read past it: a window on CUDA is two. Twelve readers then have 72 MiB under way. Into huge
-pages a virtual disk gave 3.2 GB/s that way, and 3.0 by reads of 2 MiB; an H100 host's slower one 1.7 GB/s
-where those of 2 MiB had 1.4 to 1.9."""
+DIRECT_READ_BYTES = 4 << 20
+"""A read past it. Twelve readers then have 48 MiB under way. On an H200 host's disk 8 to 32 MiB reached 3.1
+to 3.2 GB/s, and 64 MiB or more 2.2 to 2.7; of 16.4 GB on an H100 host, into huge pages, reads of 6 MiB made
+9.6 s and reads of 2 MiB 8.8 to 12.0."""
 
 
 class Way(NamedTuple):

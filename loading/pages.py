@@ -13,8 +13,8 @@ PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
 COLLAPSE = 25  # MADV_COLLAPSE, of Linux 6.1
 POPULATE_READ, POPULATE_WRITE = 22, 23  # MADV_POPULATE_READ and the like, of Linux 5.14
-_PATIENCE = 0.02
-"""Seconds for a thread to wait for a kernel that has to make huge pages first; four take 8 ms."""
+PATIENCE = 0.02
+"""Seconds after which a thread asks for no more huge pages: the kernel has to look for them. Four take 8 ms."""
 
 _ONLY_WHEN_MAPPED = 1  # MLOCK_ONFAULT
 _ENTRY_BYTES = 8
@@ -23,9 +23,21 @@ _IS_MAPPED = bytes(int(last >= 1 << 6) for last in range(256))
 
 _AT_ONCE = 1 << 17
 _AT_THIS_ADDRESS = 0x10  # MAP_FIXED
+_CLOSE_ON_EXEC = 1  # MFD_CLOEXEC
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
+
+
+def memory_file() -> int:
+    """A file without a name, in memory; -1 if there is no such thing here.
+
+    By the C library: Python has it only if it was built against one of 2018 or later.
+    """
+    try:
+        return int(_LIBC.memfd_create(b"weightlift-ring", _CLOSE_ON_EXEC))
+    except AttributeError:
+        return -1
 
 
 def map_shared(descriptor: int, nbytes: int) -> memoryview:
@@ -61,27 +73,34 @@ def touch(address: int, nbytes: int) -> None:
         ctypes.memset(address, 0, nbytes)  # a third slower
 
 
-def collapse(address: int, nbytes: int) -> None:
+def collapse(address: int, nbytes: int) -> int:
     """Have the kernel put shared memory that holds nothing yet into huge pages, as far as it has any.
 
-    To a disk each page is a segment, and a request takes so many of them: past the page cache twelve
-    readers got 1.75 GB/s on an H100 host into huge pages, 1.33 into others.
+    To a disk each page is a segment, and a request takes so many of them: twelve threads that read past
+    the page cache got 1.75 GB/s on an H100 host into huge pages, 1.33 into others.
 
     Args:
         address: The first byte.
         nbytes: How many. What does not fill a huge page stays as it is.
 
+    Returns:
+        How many huge pages there are.
+
     Raises:
         OSError: The host has no such memory.
     """
-    first, stop = address + -address % HUGE_PAGE, address + nbytes
-    until = time.monotonic() + _PATIENCE
+    first, stop, made = address + -address % HUGE_PAGE, address + nbytes, 0
+    until = time.monotonic() + PATIENCE
     for page in range(first, stop - HUGE_PAGE + 1, HUGE_PAGE):
         # Where there is nothing the kernel collapses nothing
         is_there = _populate(page, PAGE, POPULATE_WRITE)
-        where, size = ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE)
-        if not is_there or _LIBC.madvise(where, size, COLLAPSE) or time.monotonic() > until:
-            return
+        refused = _LIBC.madvise(ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE), COLLAPSE)
+        if not is_there or (refused and ctypes.get_errno() == errno.EINVAL):
+            break  # it cannot
+        made += not refused
+        if time.monotonic() > until:
+            break
+    return made
 
 
 def map_pages(address: int, nbytes: int) -> None:

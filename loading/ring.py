@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
 
 import torch
 
-from weightlift.loading.pages import HUGE_PAGE, collapse, map_shared, touch
+from weightlift.loading.pages import HUGE_PAGE, collapse, map_shared, memory_file, touch
 from weightlift.loading.staging import register, unregister
 
-_LIBC: Final = ctypes.CDLL(None, use_errno=True)
-_CLOSE_ON_EXEC = 1  # MFD_CLOEXEC
+logger = logging.getLogger("weightlift")
 
 
 class SharedRing:
@@ -34,7 +32,7 @@ class SharedRing:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.descriptor = _memory_file()
+        self.descriptor = memory_file()
         try:
             if self.descriptor >= 0:
                 os.ftruncate(self.descriptor, nbytes)
@@ -48,23 +46,28 @@ class SharedRing:
             self.memory = torch.frombuffer(self.view, dtype=torch.uint8)
         self.is_pinned = self._is_touched = False
 
-    def get_ready(self, threads: int, *, pinned: bool) -> None:
-        """Have the kernel find all pages, by so many threads, and page-lock them if that can be.
+    def find_pages(self, threads: int) -> None:
+        """Have the kernel find all pages, by so many threads; once.
 
         Raises:
             OSError: The host has no such memory.
         """
-        if not self._is_touched:
-            share = -(-self.memory.numel() // (threads * HUGE_PAGE)) * HUGE_PAGE
-            parts = [(part.data_ptr(), part.numel()) for part in self.memory.split(share)]
-            try:
-                with ThreadPoolExecutor(threads, "weightlift-touch") as pool:
-                    list(pool.map(_find, *zip(*parts, strict=True)))
-            except RuntimeError:  # there are too many threads: one after the other, then
-                for part in parts:
-                    _find(*part)
-            self._is_touched = True
-        if pinned and not self.is_pinned:
+        if self._is_touched:
+            return
+        share = -(-self.memory.numel() // (threads * HUGE_PAGE)) * HUGE_PAGE
+        parts = [(part.data_ptr(), part.numel()) for part in self.memory.split(share)]
+        try:
+            with ThreadPoolExecutor(threads, "weightlift-touch") as pool:
+                huge = sum(pool.map(_find, *zip(*parts, strict=True)))
+        except RuntimeError:  # there are too many threads: one after the other, then
+            huge = sum(_find(*part) for part in parts)
+        self._is_touched = True
+        what = huge, self.memory.numel() / HUGE_PAGE
+        logger.debug("weightlift: readers' memory is in %d huge pages of %.1f", *what)
+
+    def lock(self) -> None:
+        """Page-lock it, once its pages were found, if that can be."""
+        if not self.is_pinned:
             self.is_pinned = register(self.memory)
 
     def release(self) -> int:
@@ -87,18 +90,8 @@ class SharedRing:
         self.descriptor = -1
 
 
-def _memory_file() -> int:
-    """A file without a name, in memory; -1 if there is no such thing here.
-
-    By the C library: Python has it only if it was built against one of 2018 or later.
-    """
-    try:
-        return int(_LIBC.memfd_create(b"weightlift-ring", _CLOSE_ON_EXEC))
-    except AttributeError:
-        return -1
-
-
-def _find(address: int, nbytes: int) -> None:
-    """Have all pages of some memory there, in huge ones where that can be."""
-    collapse(address, nbytes)
+def _find(address: int, nbytes: int) -> int:
+    """Have all pages of some memory there; how many of them are huge."""
+    made = collapse(address, nbytes)
     touch(address, nbytes)
+    return made

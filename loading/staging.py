@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
+from weightlift.loading.pages import HUGE_PAGE
+
 logger = logging.getLogger("weightlift")
 
 
 def _cudart() -> Any:
     return torch.cuda.cudart()
 
-
-_HUGE = 2 << 20
 
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
@@ -38,10 +38,10 @@ def page_aligned(nbytes: int) -> torch.Tensor:
 
     Children that are forked do not have it: to give it to them, the kernel would copy what is pinned.
     """
-    unit = _HUGE if nbytes >= _HUGE else mmap.PAGESIZE
+    unit = HUGE_PAGE if nbytes >= HUGE_PAGE else mmap.PAGESIZE
     memory = mmap.mmap(-1, nbytes + unit, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTFORK)
-    if unit == _HUGE:
+    if unit == HUGE_PAGE:
         with contextlib.suppress(OSError):  # a kernel without huge pages: only slower
             memory.madvise(mmap.MADV_HUGEPAGE)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % unit

@@ -7,8 +7,9 @@ interpreter.
 
 from __future__ import annotations
 
-import mmap
 import struct
+
+from weightlift.loading.pages import PAGE
 
 JOB = struct.Struct("=QQQQIIII")
 """A window: the first byte that is read of the file, the byte after the last that must come, the one after
@@ -19,7 +20,7 @@ number of the window."""
 JOB_BYTES = 64
 MOST_WINDOWS = 64
 """Windows that are asked for and not yet free again, at most: places in the table. The numbers of all their
-parts fit the smallest pipe that Linux makes."""
+parts fit a pipe of two pages, the smallest that Linux makes since 5.14."""
 
 NUMBER = struct.Struct("=I")
 """Of a part: its own within the window, and :data:`LINE` times the place of that in the table."""
@@ -29,7 +30,7 @@ CLOSE = 0xFFFFFFFF
 """In place of the number of a part: close every file."""
 
 FILE = struct.Struct("=I")
-"""The number of a file whose descriptor comes along. 0: go on, all have closed theirs."""
+"""The number of a file whose descriptor comes along. 0: go on, all memory is there or all have closed theirs."""
 
 DONE = struct.Struct("=II")
 """Number of the reader and its answer."""
@@ -43,6 +44,9 @@ numbered from the number of slots on, and window ``n`` is in slot ``n`` modulo t
 
 NEVER = 0x7FFFFFFF
 """In place of all numbers, once something failed: nobody is to wait any more."""
+
+LAYOUT = f"{JOB.format} {JOB_BYTES} {MOST_WINDOWS} {LINE}"
+"""What both sides must have the same of, though one may be of a version that was installed later."""
 
 
 class Words:
@@ -89,4 +93,4 @@ class Words:
 
 def words_bytes(slots: int) -> int:
     """Bytes of words and jobs for so many slots: whole pages."""
-    return -(-(3 * slots * LINE * 4 + MOST_WINDOWS * JOB_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-(3 * slots * LINE * 4 + MOST_WINDOWS * JOB_BYTES) // PAGE) * PAGE

@@ -22,6 +22,7 @@ from weightlift.loading.words import (
     FILE,
     JOB,
     JOB_BYTES,
+    LAYOUT,
     LINE,
     NEVER,
     NUMBER,
@@ -65,12 +66,10 @@ class Reader:
         """Do jobs until the other side closes the pipe of their numbers."""
         try:
             self._answer(READY)
-            is_mapped = self._own is None
+            if self._own is not None:
+                self._receive()  # until all pages are there: nobody is to map them while they become huge ones
+                map_pages(address_of(self._memory), len(self._memory))
             while message := os.read(self._jobs, NUMBER.size):
-                # Not before: the other side may have the kernel make huge pages of them
-                if not is_mapped:
-                    map_pages(address_of(self._memory), len(self._memory))
-                    is_mapped = True
                 number = NUMBER.unpack(message)[0]
                 if number == CLOSE:
                     self._close_all()
@@ -190,14 +189,17 @@ def command(*numbers: int) -> list[str]:
         numbers: The arguments of :func:`main`.
     """
     top = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    return [sys.executable, "-I", "-S", "-c", _PROGRAM, top, *map(str, numbers)]
+    python = [sys.executable, "-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
+    return [*python, "-c", _PROGRAM, top, LAYOUT, *map(str, numbers)]
 
 
 _PROGRAM = """
 import sys
 sys.path.append(sys.argv[1])
-from weightlift.loading.worker import main
-main(*map(int, sys.argv[2:]))
+from weightlift.loading.worker import LAYOUT, main
+if sys.argv[2] != LAYOUT:
+    raise SystemExit("another version of weightlift was installed meanwhile")
+main(*map(int, sys.argv[3:]))
 """
 
 

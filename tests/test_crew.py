@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import errno
 import gc
 import logging
@@ -39,7 +40,7 @@ from weightlift.loading import (
     worker,
     writers,
 )
-from weightlift.loading.crew import Crew
+from weightlift.loading.crew import Crew, cut
 from weightlift.loading.crew_spec import CrewSpec, Way
 from weightlift.loading.crews import Crews, crews
 from weightlift.loading.errors import CheckpointError, PlanAborted
@@ -149,18 +150,39 @@ def test_a_crew_reads_what_it_is_asked_for_into_slots_that_are_free(
     assert crew.release() == crew.spec.memory_bytes
 
 
-def test_reads_past_the_page_cache_are_larger(tmp_path: Path) -> None:
-    data = os.urandom(13 << 20)
+def test_windows_of_many_parts_are_asked_for_again_and_again(tmp_path: Path) -> None:
+    window = 3 << 20
+    data = os.urandom(window + 2 * MOST_WINDOWS * 1000)
     (tmp_path / "file").write_bytes(data)
     file, way = ways(tmp_path / "file")
+    crew = Crew(CrewSpec(READERS, 3, window))
+    crew.start()
+    for start in range(0, 2 * MOST_WINDOWS * 1000, 1000):
+        number, parts, place = crew.ask(way, way, start, start + window)
+        assert parts == 2
+        wait_until_read(crew, number, parts)
+        assert crew.ring.view[place : place + window] == data[start : start + window]
+        crew.words.free[number % 3 * LINE] = number
+    file.close()
+    crew.release()
+
+
+@pytest.mark.parametrize("start", [0, 12353, 1 << 20])
+def test_reads_past_the_page_cache_are_larger(tmp_path: Path, start: int) -> None:
+    data = os.urandom(start + (12 << 20))
+    (tmp_path / "file").write_bytes(data)
+    file, plain = ways(tmp_path / "file")
+    file.direct_io = "on"
+    direct = file.way(is_direct=True)
+    if direct.descriptor < 0:
+        pytest.skip("this filesystem has no reads past the page cache")
     crew = Crew(CrewSpec(READERS, 3, 12 << 20))
     crew.start()
-    direct = Way(way.number + 1_000_000, way.descriptor, mmap.PAGESIZE)
-    for how, expected in ((way, 6), (direct, 2)):
-        window, parts, place = crew.ask(how, way, 1 << 20, 13 << 20)
+    for way, expected in ((plain, 6), (direct, 3)):
+        window, parts, place = crew.ask(way, plain, start, len(data))
         assert parts == expected
         wait_until_read(crew, window, parts)
-        assert crew.ring.view[place : place + (12 << 20)] == data[1 << 20 :]
+        assert crew.ring.view[place : place + (12 << 20)] == data[start:]
     file.close()
     crew.release()
 
@@ -279,6 +301,7 @@ def test_a_file_that_a_reader_never_needed_is_closed_too(tmp_path: Path) -> None
     answers, done = os.pipe()
     ours, theirs = socket.socketpair()
     reader = WatchedReader(0, jobs, theirs, done, memory, 1)
+    ours.send(words.FILE.pack(0))
     file = os.open(tmp_path / "file", os.O_RDONLY)
     for number in range(1, 4):
         socket.send_fds(ours, [words.FILE.pack(number)], [file])
@@ -426,21 +449,33 @@ def test_all_pages_of_the_memory_are_there_before_it_is_used(
         monkeypatch.setattr(pages, "POPULATE_WRITE", -1)
     elif how == "no threads":
         monkeypatch.setattr(threading.Thread, "start", no_thread)
-    memory.get_ready(2, pinned=False)
+    memory.find_pages(2)
     assert os.fstat(memory.descriptor).st_blocks * 512 == nbytes
     memory.release()
 
 
-def test_what_readers_fill_is_in_huge_pages() -> None:
+def test_what_readers_fill_is_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "PATIENCE", 30.0)
     nbytes, before = 4 * pages.HUGE_PAGE, huge_bytes("self")
     memory = ring.SharedRing(nbytes + 3 * mmap.PAGESIZE)
-    pages.collapse(memory.memory.data_ptr(), pages.HUGE_PAGE)
-    if huge_bytes("self") == before:
-        pytest.skip("this kernel makes no huge pages of shared memory")
-    memory.get_ready(2, pinned=False)
-    assert huge_bytes("self") == before + nbytes
+    assert memory.memory.data_ptr() % pages.HUGE_PAGE == 0
+    memory.find_pages(2)
     assert os.fstat(memory.descriptor).st_blocks * 512 == memory.memory.numel()
+    if not can_collapse():
+        pytest.skip("this kernel makes no huge pages of shared memory")
+    assert huge_bytes("self") == before + nbytes
     memory.release()
+
+
+def can_collapse() -> bool:
+    """Whether the kernel does it, by memory of this test's own."""
+    file, libc = pages.memory_file(), ctypes.CDLL(None, use_errno=True)
+    os.ftruncate(file, pages.HUGE_PAGE)
+    room = pages.map_shared(file, pages.HUGE_PAGE)
+    os.close(file)
+    room[0] = 1
+    where, size = ctypes.c_void_p(pages.address_of(room)), ctypes.c_size_t(pages.HUGE_PAGE)
+    return not libc.madvise(where, size, pages.COLLAPSE)
 
 
 def huge_bytes(process: int | str) -> int:
@@ -550,10 +585,13 @@ def test_a_crew_that_cannot_start_leaves_nothing_behind(
 @pytest.mark.skipif(
     tuple(map(int, platform.release().split(".")[:2])) < (5, 14), reason="needs Linux 5.14"
 )
-def test_readers_have_their_memory_mapped_before_they_read(own: Crews) -> None:
+def test_readers_have_their_memory_mapped_before_they_read(
+    own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "PATIENCE", 30.0)
     before = huge_bytes("self")
     crew = own.take(CrewSpec(READERS, 8, 4 << 20))
-    crew.close_files()  # the first that each of them is told
+    crew.close_files()  # it answers once it has
     for pid in family(supervisor(crew)):
         assert _shared_bytes(pid) >= crew.ring.memory.numel()
         assert huge_bytes(pid) == huge_bytes("self") - before
@@ -728,17 +766,18 @@ def test_a_forked_child_leaves_the_parents_readers_alone(save: Any, own: Crews) 
 
 
 @given(
-    start=st.integers(0, 300),
-    length=st.integers(1, 1000),
-    alignment=st.sampled_from([1, 16]),
-    most=st.integers(1, 20).map(lambda number: number * 16),
+    start=st.integers(0, 9 * mmap.PAGESIZE),
+    length=st.integers(1, 99 * mmap.PAGESIZE),
+    alignment=st.sampled_from([1, mmap.PAGESIZE]),
+    limit=st.integers(1, 20).map(lambda number: number * mmap.PAGESIZE),
 )
 def test_parts_hold_every_byte_once_and_in_order(
-    start: int, length: int, alignment: int, most: int
+    start: int, length: int, alignment: int, limit: int
 ) -> None:
     stop = start + length
-    first, end = start - start % alignment, stop + -stop % alignment
+    first, end, most = cut(start, stop, alignment, limit)
     each = [part_of(part, first, stop, end, most) for part in range(-(-(end - first) // most))]
+    assert len(each) <= -(-length // limit), "no more than if it began with a page"
     parts = [(first + before, nbytes, must) for before, nbytes, must in each]
     assert parts[0][0] <= start < parts[0][0] + alignment
     needed = sum(part[2] for part in parts)
