@@ -6,6 +6,7 @@ import array
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import select
 import signal
@@ -20,7 +21,7 @@ from typing import Final
 from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.ring import SharedRing
-from weightlift.loading.words import DONE, READY
+from weightlift.loading.words import DONE, LEAST_PIPE_BYTES, READY
 from weightlift.loading.worker import Reader, command
 
 START_SECONDS = 20.0
@@ -75,7 +76,7 @@ class ReaderGroup:
         """Start processes; :meth:`await_ready` has to follow.
 
         Raises:
-            OSError: There is no Python to run them, or no memory to share.
+            OSError: There is no Python to run them, no memory to share, or no pipe.
         """
         self._open_pipes()
         self._fork()
@@ -84,7 +85,7 @@ class ReaderGroup:
         """Start threads; :meth:`await_ready` has to follow.
 
         Raises:
-            OSError: There are too many threads, or open files.
+            OSError: There are too many threads, open files or pipes.
         """
         self._open_pipes()
         self._thread()
@@ -184,6 +185,8 @@ class ReaderGroup:
         self._poller = select.poll()
         self._poller.register(self._answers, select.POLLIN)
         self._poller.register(self._jobs, 0)  # tells of its end alone
+        if fcntl.fcntl(self._jobs, fcntl.F_GETPIPE_SZ) < LEAST_PIPE_BYTES:
+            raise OSError(errno.EMFILE, "this user has too many pipes for one of two pages")
 
     def _open_socket(self) -> socket.socket:
         """Our end of a new socket, watched; the other is theirs."""

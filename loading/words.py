@@ -19,8 +19,11 @@ number of the window."""
 
 JOB_BYTES = 64
 MOST_WINDOWS = 64
-"""Windows that are asked for and not yet free again, at most: places in the table. The numbers of all their
-parts fit a pipe of two pages, the smallest that Linux makes since 5.14."""
+"""Windows that are asked for and not yet free again, at most: places in the table."""
+
+LEAST_PIPE_BYTES = 2 * PAGE
+"""Of a pipe that takes the numbers of all their parts and never has a writer wait. Linux before 5.14 makes
+pipes of one page for who has a thousand."""
 
 NUMBER = struct.Struct("=I")
 """Of a part: its own within the window, and :data:`LINE` times the place of that in the table."""

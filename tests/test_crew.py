@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import ctypes
 import errno
+import fcntl
 import gc
 import logging
 import mmap
@@ -148,6 +149,19 @@ def test_a_crew_reads_what_it_is_asked_for_into_slots_that_are_free(
     assert not any(crew.words.short)
     file.close()
     assert crew.release() == crew.spec.memory_bytes
+
+
+@KINDS
+def test_a_pipe_in_which_a_writer_might_wait_is_refused(
+    in_processes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = descriptors(os.getpid())
+    monkeypatch.setattr(fcntl, "F_GETPIPE_SZ", fcntl.F_GETFD)  # a small number
+    crew = Crew(CrewSpec(READERS, 3, 1 << 20, in_processes=in_processes))
+    with pytest.raises(OSError, match="too many pipes"):
+        crew.start()
+    crew.release()
+    assert descriptors(os.getpid()) == before
 
 
 def test_windows_of_many_parts_are_asked_for_again_and_again(tmp_path: Path) -> None:
