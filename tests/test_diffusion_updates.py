@@ -54,6 +54,8 @@ def test_an_update_leaves_what_a_launch_does_or_the_weights_before(
         assert there["components"][name] == stock["updates"][0]["components"][name]
     assert "truncated" in failures[0]["message"]
     assert "injected" in failures[1]["message"]
+    assert all(2 in update["collected"] for update in stock["updates"]), "of all objects"
+    assert all(update["collected"] == [1] for update in ours["updates"]), "of those since"
     updates = [report for report in runs.reports if report["phase"] == "update"]
     assert [report["mode"] for report in updates] == ["weightlift"] * 5
 

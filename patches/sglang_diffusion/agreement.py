@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ def _update_weights_from_disk(
         return done
     transaction = Transaction(voter())
     is_done, message = False, "it ended without a word"
-    with within(transaction):
+    with within(transaction), _young_garbage_alone(wrapped.__globals__):
         try:
             is_done, message = wrapped(*args, **kwargs)
         except Exception as error:
@@ -33,6 +37,23 @@ def _update_weights_from_disk(
         finally:
             transaction.end("" if is_done else message)  # the others wait, if it has not been told
     return is_done, message
+
+
+@contextmanager
+def _young_garbage_alone(engine: dict[str, Any]) -> Iterator[None]:
+    """Within this, what the engine has collected is of this update, not of all that the server holds.
+
+    To look through 824,000 objects took 0.43 s where the update took 0.8.
+
+    Args:
+        engine: The names of its module.
+    """
+    collector = engine["gc"]
+    engine["gc"] = SimpleNamespace(collect=functools.partial(gc.collect, 1))
+    try:
+        yield
+    finally:
+        engine["gc"] = collector
 
 
 def voter() -> Vote:
@@ -64,7 +85,8 @@ def _record(module: str, versions: str) -> Patch:
         why="Each rank updates by itself, and only the first one's result is told: one that fails alone "
         "leaves a server of two checkpoints, in silence.",
         how="With `--enable-parallel-module-load` the ranks agree to write once all have planned, and on "
-        "the end; if one failed, all have the weights before.",
+        "the end; if one failed, all have the weights before. The garbage that the engine has collected "
+        "then is what came up since.",
         upstream="Nothing is proposed.",
         drop_when="The engine's ranks agree on updates.",
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -68,10 +69,29 @@ def updated(pipeline: Any, case: dict[str, Any]) -> list[dict[str, Any]]:
         update = {**given, **given.get(f"rank {torch.distributed.get_rank()}", {})}
         chosen = {"modules" if case.get("python") else "target_modules": update.get("modules")}
         folder = f"{update['path']}/{update['unreadable']}/" if "unreadable" in update else ""
-        with unreadable(folder), written_early(update.get("early")):
+        collected: list[int] = []
+        with unreadable(folder), written_early(update.get("early")), noted_in(collected):
             done, message = update_from(update["path"], **chosen)
-        told.append({"done": done, "message": message, "components": components_of(pipeline)})
+        found = {"collected": collected, "components": components_of(pipeline)}
+        told.append({"done": done, "message": message, **found})
     return told
+
+
+@contextlib.contextmanager
+def noted_in(generations: list[int]) -> Iterator[None]:
+    """Within this, garbage is collected where that is asked for alone, and how much of it is noted."""
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            generations.append(info["generation"])
+
+    gc.disable()
+    gc.callbacks.append(note)
+    try:
+        yield
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
 
 
 @contextlib.contextmanager
