@@ -57,8 +57,8 @@ class Copies:
 
     @property
     def joins(self) -> bool:
-        """Whether concatenations stay lazy; a ledger takes down the copies of single tensors."""
-        return self.ledger is None
+        """Whether concatenations stay lazy; some ledgers take down copies of single tensors alone."""
+        return self.ledger is None or self.ledger.joins
 
     def begin(self, checkpoint: Checkpoint, device: torch.device, dtype: DType, room: int) -> bool:
         """See :meth:`Landing.begin`; without a ledger alone, for what it reads goes unnoticed.
@@ -231,15 +231,16 @@ class Copies:
     def postpone(self, target: torch.Tensor, source: torch.Tensor) -> bool:
         """Make a loader's copy of what is still being read later, so that it need not wait.
 
-        What it copies is held until then, while the device has room for that. A ledger takes down
-        single tensors' copies alone, so with one none waits.
+        What it copies is held until then, where there is room and no ledger of single tensors.
         """
-        if self.ledger is not None or self.is_exhausted or self.delivery.is_idle:
+        if not self.joins or self.is_exhausted or self.delivery.is_idle:
             return False
         with torch._C.DisableTorchFunction():
             is_awaited = self.delivery.touches(source) and can_wait(target, source)
             if not (is_awaited and self.delivery.has_room_for_later(source.device)):
                 return False
+            if self.ledger is not None:
+                self.ledger.touched(torch.Tensor.copy_, (target, source))
             self.landing.observed([target, source])
             self.delivery.copy_later(target, source.detach())
         return True

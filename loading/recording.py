@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -147,7 +147,10 @@ class Ledger:
         blamed: Why the engine must see a tensor again, by its name.
         after_all: What the loader did to parameters once it had every tensor, or ''.
         strangers: Whether threads other than the loader's own made copies.
+        joins: Whether it can do with copies of tensors that were joined.
     """
+
+    joins: ClassVar[bool] = False
 
     parameters: Parameters
     seen: tuple[str, ...] = ()

@@ -77,7 +77,7 @@ class LoadSession:
         self.is_finished = False
         self.delivery = Delivery(settings, report, before_write, exchange, pools)
         self._copies = Copies(self.delivery, report, ledger, all_wait=all_wait)
-        self._checkpoints: list[tuple[Checkpoint, bool]] = []
+        self.checkpoints: list[tuple[Checkpoint, bool]] = []  # and whether pages are dropped
         self.begun: dict[str, Shard] = {}  # by path: read, and no loader has asked for them
         self._sources: weakref.WeakSet[Source] = weakref.WeakSet()
         self._plan_started = report.started
@@ -145,7 +145,7 @@ class LoadSession:
         self._lent.enter_context(locked_for(checkpoint, self._settings, self.report.phase))
         if self._exchange is not None:
             self._exchange.add(checkpoint)
-        self._checkpoints.append((checkpoint, drop_cache))
+        self.checkpoints.append((checkpoint, drop_cache))
         return checkpoint
 
     def iterate(self, files: Iterable[str], *, drop_cache: bool = False) -> NamedWeights:
@@ -226,7 +226,7 @@ class LoadSession:
     def flush(self) -> None:
         """Put everything recorded so far in place; see :meth:`Delivery.flush`."""
         self.delivery.flush()
-        for checkpoint, _ in self._checkpoints:
+        for checkpoint, _ in self.checkpoints:
             checkpoint.check()
 
     def __enter__(self) -> LoadSession:
@@ -238,13 +238,13 @@ class LoadSession:
         for source in self._sources:
             source.landed = None  # who keeps a lazy tensor keeps no memory
         with ExitStack() as closing:
-            for checkpoint, drop_cache in self._checkpoints:
+            for checkpoint, drop_cache in self.checkpoints:
                 closing.callback(checkpoint.close, drop_cache=drop_cache)
             closing.callback(self._lent.close)
             is_interrupted = kind is not None and not issubclass(kind, Exception)
             closing.callback(self.delivery.close, is_interrupted=is_interrupted)
-            files = [shard.file for held, _ in self._checkpoints for shard in held.shards]
+            files = [shard.file for held, _ in self.checkpoints for shard in held.shards]
             self.report.count(files)
 
     def _bytes_read(self) -> int:
-        return sum(checkpoint.bytes_read for checkpoint, _ in self._checkpoints)
+        return sum(checkpoint.bytes_read for checkpoint, _ in self.checkpoints)

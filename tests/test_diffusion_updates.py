@@ -58,6 +58,8 @@ def test_an_update_leaves_what_a_launch_does_or_the_weights_before(
     assert all(update["collected"] == [1] for update in ours["updates"]), "of those since"
     updates = [report for report in runs.reports if report["phase"] == "update"]
     assert [report["mode"] for report in updates] == ["weightlift"] * 5
+    assert [report["plan"] for report in updates] == [*["full"] * 4, "replay"]
+    assert updates[4]["replayed"] == updates[3]["planned"] > 0 == updates[4]["planned"]
 
 
 @pytest.mark.parametrize("version", releases("0.5.11", more=["0.5.9", "0.5.13.post1"]))

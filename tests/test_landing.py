@@ -432,7 +432,7 @@ def test_a_file_cut_short_meanwhile_is_an_error(save: Any, open_session: Any) ->
         session.open([file])
         with open(file, "r+b") as opened:
             opened.truncate(500)
-        session._copies.landing.begin(session._checkpoints[0][0], torch.device("cpu"), FLOAT)
+        session._copies.landing.begin(session.checkpoints[0][0], torch.device("cpu"), FLOAT)
         session.flush()
 
 

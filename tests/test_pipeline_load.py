@@ -131,7 +131,7 @@ def test_a_loader_may_want_some_of_the_files_in_another_order(
         for file in reversed(files_of(encoder)[:2]):
             names += [name for name, _ in session.iterate([f"{encoder}//{Path(file).name}"])]
         assert names == [f"text_encoder.{shard}.{n}" for shard in (2, 1) for n in range(3)]
-        assert len(session._checkpoints) == 1, "no file was opened twice"
+        assert len(session.checkpoints) == 1, "no file was opened twice"
         assert [name for name, _ in session.iterate(files_of(encoder)[2:])] == ["more"]
 
 

@@ -20,6 +20,7 @@ from weightlift.loading.settings import Settings
 from weightlift.loading.transaction import Transaction, active_transaction
 from weightlift.patches.planned import report_of
 from weightlift.patches.sglang_diffusion.modules import complete, is_apart, loads_itself, take
+from weightlift.patches.sglang_diffusion.retrace import Retrace
 from weightlift.patches.sglang_diffusion.weights import SHARDED, is_sharded
 from weightlift.patches.shadow import shadowed
 
@@ -48,7 +49,9 @@ def _apply_weights(
     modules: dict[str, torch.nn.Module] = dict(call["modules_to_update"])
     report = report_of("sglang", str(next(iter(call["weights_map"].values()), "")), "update")
     report.architecture = ", ".join(type(module).__name__ for module in modules.values())
-    update = _Update(functools.partial(wrapped, *args, **kwargs), instance, modules, transaction)
+    retrace = Retrace(modules, call["weights_map"])
+    apply = functools.partial(wrapped, *args, **kwargs)
+    update = _Update(apply, instance, modules, transaction, retrace)
     before = _is_updating.set(True)
     try:
         if any(is_sharded(module) for module in modules.values()):
@@ -89,6 +92,7 @@ class _Update:
         updater: Its updater.
         modules: What is updated.
         transaction: Of all ranks.
+        retrace: What is known of the one before.
     """
 
     def __init__(
@@ -97,11 +101,13 @@ class _Update:
         updater: Any,
         modules: dict[str, torch.nn.Module],
         transaction: Transaction,
+        retrace: Retrace,
     ) -> None:
         self._apply = apply
         self._updater = updater
         self._modules = modules
         self._transaction = transaction
+        self._retrace = retrace
 
     def agreed(self, write: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
         """Write, and have the weights before again if this rank or another could not."""
@@ -139,14 +145,20 @@ class _Update:
         # Nothing is written before the first flush, so that what is wrong with a module is found
         # while the weights before are still in place.
         begin = self._transaction.begin
-        session = LoadSession(settings, report, before_write=begin, all_wait=True)
+        tracer = self._retrace.tracer
+        session = LoadSession(settings, report, tracer, before_write=begin, all_wait=True)
         is_planned, message = False, ""
         try:
             with session:
-                with session.armed():
-                    is_planned, message = self._applied()
+                message = self._retrace.follow(session)
+                report.plan, is_planned = "replay" if message else "full", bool(message)
+                if not is_planned:
+                    with session.armed():
+                        is_planned, message = self._applied()
                 if is_planned:
                     session.finish(torch.nn.ModuleList(self._modules.values()))
+                if is_planned and report.plan == "full":
+                    self._retrace.note(session, message)
         except Exception:
             if session.aborted is None:
                 raise

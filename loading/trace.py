@@ -1,0 +1,127 @@
+"""A load as its copies: the same bytes to the same places, from other files of the same headers.
+
+Where a model's loader did nothing but copy, that is all that it did, and it can be done again without
+the loader. A recording knows tensor by tensor, and lets the loader see what it must; a trace holds as a
+whole or not at all, and of any number of models and checkpoints.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from weightlift.loading.checkpoint import Checkpoint
+from weightlift.loading.header import TensorEntry
+from weightlift.loading.parameters import Geometry, Parameters
+from weightlift.loading.recording import Ledger
+from weightlift.loading.session import LoadSession
+from weightlift.loading.steps import Step, Storages, step_of
+from weightlift.loading.transfer import Run, Transfer, extent
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a load moved; it holds no tensor.
+
+    Attributes:
+        headers: The tensors of each shard. The same objects are the same headers.
+        geometry: Where the parameters were.
+        steps: By shard, what was taken from it; offsets count from the start of the file.
+    """
+
+    headers: tuple[Mapping[str, TensorEntry], ...]
+    geometry: Geometry
+    steps: tuple[tuple[Step, ...], ...]
+
+    def holds_for(self, checkpoints: Sequence[Checkpoint], parameters: Parameters) -> bool:
+        """Whether it can be followed from these checkpoints to these parameters."""
+        now = [shard.tensors for checkpoint in checkpoints for shard in checkpoint.shards]
+        has_headers = len(now) == len(self.headers) and all(
+            before is after for before, after in zip(self.headers, now, strict=True)
+        )
+        return has_headers and self.geometry == parameters.geometry()
+
+    def follow(
+        self, session: LoadSession, checkpoints: Sequence[Checkpoint], parameters: Parameters
+    ) -> None:
+        """Hand the same copies to the readers of another load.
+
+        Args:
+            session: The load.
+            checkpoints: What it reads, for which the trace holds.
+            parameters: What it fills.
+        """
+        storages = parameters.storages()
+        shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
+        for shard, steps in zip(shards, self.steps, strict=True):
+            devices: dict[torch.device, tuple[list[Run | Transfer], Storages]] = {}
+            for step in steps:
+                memory = storages[step.storage]
+                pieces, used = devices.setdefault(memory.device, ([], {}))
+                pieces.append(step.piece(shard.file, storages))
+                used[step.storage] = memory
+            for pieces, used in devices.values():
+                session.report.bytes_needed += sum(piece.nbytes for piece in pieces)
+                session.delivery.add_disjoint(shard.file, pieces, used.values())
+            session.report.tensors += len(shard.tensors)
+            session.report.replayed += len(steps)
+
+
+@dataclass
+class Tracer(Ledger):
+    """Takes down the copies of a load, and whether the loader did anything else to parameters.
+
+    Attributes:
+        transfers: The copies.
+    """
+
+    joins: ClassVar[bool] = True
+
+    transfers: list[Transfer] = field(default_factory=list)
+
+    def offer(self, entry: TensorEntry) -> None:
+        """Tensors may have the same names: they may be of several models."""
+
+    def moved(self, entry: TensorEntry, transfer: Transfer) -> None:
+        """The loader copied a part of this tensor."""
+        self.transfers.append(transfer)
+
+    def touched(self, func: Callable[..., Any], tensors: Iterable[torch.Tensor]) -> bool:
+        """Note whether parameters took part in something else; there will be no trace then."""
+        if any(self.parameters.locate(tensor) for tensor in tensors):
+            self.after_all = getattr(func, "__name__", repr(func))
+        return False
+
+    def trace(self, checkpoints: Sequence[Checkpoint]) -> tuple[Trace | None, str]:
+        """What was moved from these, or why that is not all that was done."""
+        if self.blamed or self.after_all:
+            return None, self.after_all or "{}: {}".format(*min(self.blamed.items()))
+        shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
+        found: dict[int, list[Step]] = {id(shard.file): [] for shard in shards}
+        storages: Storages = {}
+        for transfer in self.transfers:
+            piece = Run(transfer.offset, transfer.stop, transfer.target, 0)
+            step = step_of(piece if transfer.is_direct else transfer, transfer.offset, storages)
+            found[id(transfer.file)].append(step)
+        if not storages.keys() <= self.parameters.storages().keys():
+            return None, "memory was filled that is no parameter's"
+        steps = tuple(tuple(found[id(shard.file)]) for shard in shards)
+        if not _are_apart(itertools.chain(*steps)):
+            return None, "two tensors write to one place"
+        headers = tuple(shard.tensors for shard in shards)
+        return Trace(headers, self.parameters.geometry(), steps), ""
+
+
+def _are_apart(steps: Iterable[Step]) -> bool:
+    """Whether no two of them write to one place; their order would count."""
+    spans = []
+    for step in steps:
+        dtype, shape, stride = step.target
+        start = step.storage + step.place
+        spans.append((start, start + extent(shape, stride) * dtype.itemsize))
+    spans.sort()
+    return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
