@@ -98,8 +98,10 @@ class Tracer(Ledger):
 
     def trace(self, checkpoints: Sequence[Checkpoint]) -> tuple[Trace | None, str]:
         """What was moved from these, or why that is not all that was done."""
-        if self.blamed or self.after_all:
-            return None, self.after_all or "{}: {}".format(*min(self.blamed.items()))
+        if self.blamed:
+            return None, "{}: {}".format(*min(self.blamed.items()))
+        if self.after_all:
+            return None, f"{self.after_all} took part in it"
         shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
         found: dict[int, list[Step]] = {id(shard.file): [] for shard in shards}
         storages: Storages = {}
