@@ -32,33 +32,37 @@ def test_an_update_leaves_what_a_launch_does_or_the_weights_before(
         {"path": paths["second"], "unreadable": "text_encoder"},
         {"path": paths["damaged"], "early": True},
     ]
+    again: list[dict[str, Any]] = [*failing[:2], {"path": paths["second"]}]
     case: dict[str, Any] = {"flags": RESIDENT, "model": paths["first"]}
     cases = [
         {**case, "name": "stock", "stock": True, "updates": there_and_back},
         {**case, "name": "second", "stock": True, "model": paths["second"]},
-        {**case, "name": "ours", "env": ASKED, "updates": [*failing, *there_and_back]},
+        {**case, "name": "ours", "env": ASKED, "updates": [*failing, *there_and_back, *again]},
     ]
     engine = diffusion_and_sglang(version)
     runs = run_cases("diffusion_harness.py", cases, tmp_path, *engine)
     (stock,), (second,), (ours,) = (runs.told[name] for name in ("stock", "second", "ours"))
     assert "error" not in stock, stock["trace"]
     first = stock["components"]
-    *failures, there, back = ours["updates"]
-    assert [update["done"] for update in failures] == [False] * 3
+    *failures, there, back, damaged, unreadable, last = ours["updates"]
+    failures += damaged, unreadable
+    assert [update["done"] for update in failures] == [False] * 5
     for update in failures:
         assert update["components"] == first, "the weights before are in place"
     assert there["done"] and back["done"], ours["updates"]
     assert there["components"] == second["components"] != first
     assert back["components"] == first
+    assert last["done"] and last["components"] == second["components"]
     for name in ("vae", "transformer") if has_translation(version) else ("vae",):
         assert there["components"][name] == stock["updates"][0]["components"][name]
-    assert "truncated" in failures[0]["message"]
-    assert "injected" in failures[1]["message"]
+    for update, reason in ((0, "truncated"), (1, "injected"), (3, "truncated"), (4, "injected")):
+        assert reason in failures[update]["message"]
     assert all(2 in update["collected"] for update in stock["updates"]), "of all objects"
     assert all(update["collected"] == [1] for update in ours["updates"]), "of those since"
     updates = [report for report in runs.reports if report["phase"] == "update"]
-    assert [report["mode"] for report in updates] == ["weightlift"] * 5
-    assert [report["plan"] for report in updates] == [*["full"] * 4, "replay"]
+    assert [report["mode"] for report in updates] == ["weightlift"] * 8
+    followed = [report["plan"] == "replay" for report in updates]
+    assert followed == [False, False, False, False, True, False, True, True]
     assert updates[4]["replayed"] == updates[3]["planned"] > 0 == updates[4]["planned"]
 
 
