@@ -229,10 +229,7 @@ class Copies:
         self.settle(tensors)
 
     def postpone(self, target: torch.Tensor, source: torch.Tensor) -> bool:
-        """Make a loader's copy of what is still being read later, so that it need not wait.
-
-        What it copies is held until then, where there is room and no ledger of single tensors.
-        """
+        """Make a loader's copy of what is still being read later, if there is room to hold that."""
         if not self.joins or self.is_exhausted or self.delivery.is_idle:
             return False
         with torch._C.DisableTorchFunction():

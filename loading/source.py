@@ -21,7 +21,7 @@ class Recorder(Protocol):
 
     @property
     def joins(self) -> bool:
-        """Whether concatenations stay lazy: nobody keeps account of each tensor's copies."""
+        """Whether concatenations stay lazy: nobody keeps account of single tensors' copies."""
         ...
 
     def copy(self, target: torch.Tensor, lazy: LazyTensor) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.header import TensorEntry
@@ -30,11 +31,13 @@ class Trace:
     Attributes:
         headers: The tensors of each shard. The same objects are the same headers.
         geometry: Where the parameters were.
+        storages: Where the storages of these were, and how long.
         steps: By shard, what was taken from it; offsets count from the start of the file.
     """
 
     headers: tuple[Mapping[str, TensorEntry], ...]
     geometry: Geometry
+    storages: Mapping[int, int]
     steps: tuple[tuple[Step, ...], ...]
 
     def holds_for(self, checkpoints: Sequence[Checkpoint], parameters: Parameters) -> bool:
@@ -43,7 +46,8 @@ class Trace:
         has_headers = len(now) == len(self.headers) and all(
             before is after for before, after in zip(self.headers, now, strict=True)
         )
-        return has_headers and self.geometry == parameters.geometry()
+        are_there = self.storages == _lengths(parameters.storages())
+        return has_headers and are_there and self.geometry == parameters.geometry()
 
     def follow(
         self, session: LoadSession, checkpoints: Sequence[Checkpoint], parameters: Parameters
@@ -67,7 +71,6 @@ class Trace:
             for pieces, used in devices.values():
                 session.report.bytes_needed += sum(piece.nbytes for piece in pieces)
                 session.delivery.add_disjoint(shard.file, pieces, used.values())
-            session.report.tensors += len(shard.tensors)
             session.report.replayed += len(steps)
 
 
@@ -83,39 +86,52 @@ class Tracer(Ledger):
 
     transfers: list[Transfer] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._storages = self.parameters.storages()
+
     def offer(self, entry: TensorEntry) -> None:
         """Tensors may have the same names: they may be of several models."""
 
     def moved(self, entry: TensorEntry, transfer: Transfer) -> None:
         """The loader copied a part of this tensor."""
-        self.transfers.append(transfer)
+        if _storage(transfer.target) not in self._storages:
+            self.blamed[entry.name] = "it was copied to what is no parameter"
+        elif not self.blamed:
+            self.transfers.append(transfer)
 
     def touched(self, func: Callable[..., Any], tensors: Iterable[torch.Tensor]) -> bool:
         """Note whether parameters took part in something else; there will be no trace then."""
-        if any(self.parameters.locate(tensor) for tensor in tensors):
-            self.after_all = getattr(func, "__name__", repr(func))
-        return False
+        places = [_storage(tensor) for tensor in tensors]
+        if not any(place is None or place in self._storages for place in places):
+            return False
+        self.after_all = getattr(func, "__name__", repr(func))
+        return True
+
+    def clear(self) -> None:
+        """Hold nothing of the model any more."""
+        self.transfers.clear()
+        self._storages = {}
+        self.parameters = Parameters({})
 
     def trace(self, checkpoints: Sequence[Checkpoint]) -> tuple[Trace | None, str]:
         """What was moved from these, or why that is not all that was done."""
         if self.blamed:
             return None, "{}: {}".format(*min(self.blamed.items()))
-        if self.after_all:
-            return None, f"{self.after_all} took part in it"
+        if self.after_all or self.strangers:
+            threads = "the loader has threads of its own"
+            return None, threads if self.strangers else f"{self.after_all} took part in it"
         shards = [shard for checkpoint in checkpoints for shard in checkpoint.shards]
         found: dict[int, list[Step]] = {id(shard.file): [] for shard in shards}
-        storages: Storages = {}
         for transfer in self.transfers:
             piece = Run(transfer.offset, transfer.stop, transfer.target, 0)
-            step = step_of(piece if transfer.is_direct else transfer, transfer.offset, storages)
+            step = step_of(piece if transfer.is_direct else transfer, transfer.offset, {})
             found[id(transfer.file)].append(step)
-        if not storages.keys() <= self.parameters.storages().keys():
-            return None, "memory was filled that is no parameter's"
         steps = tuple(tuple(found[id(shard.file)]) for shard in shards)
         if not _are_apart(itertools.chain(*steps)):
             return None, "two tensors write to one place"
         headers = tuple(shard.tensors for shard in shards)
-        return Trace(headers, self.parameters.geometry(), steps), ""
+        lengths = _lengths(self._storages)
+        return Trace(headers, self.parameters.geometry(), lengths, steps), ""
 
 
 def _are_apart(steps: Iterable[Step]) -> bool:
@@ -127,3 +143,14 @@ def _are_apart(steps: Iterable[Step]) -> bool:
         spans.append((start, start + extent(shape, stride) * dtype.itemsize))
     spans.sort()
     return all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+
+
+def _lengths(storages: Storages) -> dict[int, int]:
+    return {place: owner.untyped_storage().nbytes() for place, owner in storages.items()}
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's storage is; None for what may have others within."""
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        return None
+    return tensor.untyped_storage().data_ptr()

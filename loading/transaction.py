@@ -25,6 +25,7 @@ class Transaction:
     Attributes:
         failure: What went wrong, on whichever rank; '' while nothing did.
         may_have_written: Whether the ranks agreed to begin.
+        is_planned: Whether all was written by plan, and nothing went wrong on this rank.
         is_whole: Whether the checkpoint must bring all that the model was made from. A draft model
             is updated from its target's, which need not have the draft's tensors.
     """
@@ -33,6 +34,7 @@ class Transaction:
         self.is_whole = is_whole
         self.failure = ""
         self.may_have_written = False
+        self.is_planned = False
         self._vote = vote
         self._has_voted = False
         self._has_ended = False

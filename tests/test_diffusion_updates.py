@@ -58,11 +58,12 @@ def test_an_update_leaves_what_a_launch_does_or_the_weights_before(
     for update, reason in ((0, "truncated"), (1, "injected"), (3, "truncated"), (4, "injected")):
         assert reason in failures[update]["message"]
     assert all(2 in update["collected"] for update in stock["updates"]), "of all objects"
-    assert all(update["collected"] == [1] for update in ours["updates"]), "of those since"
+    for update in ours["updates"]:
+        assert update["collected"][-1] == (1 if update["done"] else 2), "of those since, or of all"
     updates = [report for report in runs.reports if report["phase"] == "update"]
     assert [report["mode"] for report in updates] == ["weightlift"] * 8
     followed = [report["plan"] == "replay" for report in updates]
-    assert followed == [False, False, False, False, True, False, True, True]
+    assert followed == [False, False, False, False, True, False, True, False]
     assert updates[4]["replayed"] == updates[3]["planned"] > 0 == updates[4]["planned"]
 
 
@@ -116,6 +117,9 @@ def test_all_ranks_update_or_none(version: str, wan_pipelines: Path, tmp_path: P
             {**case, "name": name, "env": ASKED, "model": first, "updates": updates},
         ]
     runs = run_cases("diffusion_harness.py", cases, tmp_path, *diffusion_and_sglang(version))
+    if version in RELEASES:  # the last, and on rank 0 while rank 1 plans, whose one before failed
+        ranks = [report["rank"] for report in runs.reports if report["plan"] == "replay"]
+        assert ranks.count(0) > ranks.count(1) == len(sharing)
     for name in sharing:
         before, after, ours = (
             sorted(runs.told[kind], key=lambda told: int(told["rank"]))

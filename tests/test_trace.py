@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,6 @@ def test_what_a_loader_copied_is_copied_again_from_other_files(tmp_path: Path) -
     assert {name: value.tolist() for name, value in target.items()} == {
         name: value.tolist() for name, value in expected.items()
     }
-    assert report.tensors == len(SHAPES)
 
 
 def worked(target: Model, weights: dict[str, Any]) -> None:
@@ -100,6 +101,13 @@ def elsewhere(target: Model, weights: dict[str, Any]) -> None:
     torch.zeros(6, 8).copy_(weights["rows"])
 
 
+def by_a_thread(target: Model, weights: dict[str, Any]) -> None:
+    thread = threading.Thread(target=copies, args=(target, weights))
+    thread.start()
+    thread.join()
+    copies(target, weights)
+
+
 def twice(target: Model, weights: dict[str, Any]) -> None:
     copies(target, weights)
     target["rows"][:2].copy_(weights["one"])
@@ -115,17 +123,85 @@ def from_another(target: Model, weights: dict[str, Any]) -> None:
     [
         (worked, "data was worked with"),
         (zeroed, "zero_"),
-        (elsewhere, "no parameter's"),
+        (elsewhere, "no parameter"),
         (twice, "one place"),
         (from_another, "copy_"),
+        (by_a_thread, "threads of its own"),
     ],
-    ids=["worked", "zeroed", "elsewhere", "twice", "from another"],
+    ids=["worked", "zeroed", "elsewhere", "twice", "from another", "by a thread"],
 )
 def test_a_loader_that_did_anything_else_leaves_no_trace(
     tmp_path: Path, loader: Loader, reason: str
 ) -> None:
     trace, why = load(model(), checkpoint(tmp_path / "a", 1), loader)
     assert trace is None and reason in why
+
+
+def test_what_is_done_to_memory_that_parameters_share_is_seen(tmp_path: Path) -> None:
+    whole = torch.zeros(96)
+    target = {**model(), "rows": whole[:48].view(6, 8), "columns": whole[48:80].view(4, 8)}
+
+    def loader(target: Model, weights: dict[str, Any]) -> None:
+        copies(target, weights)
+        whole.mul_(2)
+
+    trace, why = load(target, checkpoint(tmp_path / "a", 1), loader)
+    assert trace is None and "mul_" in why
+
+
+def test_checkpoints_of_several_models_are_followed_together(tmp_path: Path) -> None:
+    before = [checkpoint(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    after = [checkpoint(tmp_path / name, seed) for seed, name in enumerate("cd", 7)]
+    targets = [model(), model()]
+    named = {
+        f"{n}.{name}": item for n, target in enumerate(targets) for name, item in target.items()
+    }
+    tracer = Tracer(Parameters(named))
+    with LoadSession(Settings(), LoadReport(), tracer, all_wait=True) as session, torch.no_grad():
+        with session.armed():
+            for target, files in zip(targets, before, strict=True):
+                copies(target, dict(session.iterate(files)))
+        session.flush()
+        trace, why = tracer.trace([each for each, _ in session.checkpoints])
+    assert trace is not None, why
+    with LoadSession(Settings(), LoadReport(), all_wait=True) as session:
+        opened = [session.open(files) for files in after]
+        assert trace.holds_for(opened, Parameters(named))
+        trace.follow(session, opened, Parameters(named))
+        session.flush()
+    for target, files in zip(targets, after, strict=True):
+        expected = model()
+        load(expected, files, copies)
+        assert all(torch.equal(target[name], expected[name]) for name in expected)
+
+
+def test_a_trace_and_what_took_it_down_hold_no_parameter(tmp_path: Path) -> None:
+    target = model()
+    tracer = Tracer(Parameters(target))
+    alive = weakref.ref(target["rows"].untyped_storage())
+    with LoadSession(Settings(), LoadReport(), tracer, all_wait=True) as session, torch.no_grad():
+        with session.armed():
+            copies(target, dict(session.iterate(checkpoint(tmp_path / "a", 1))))
+        session.flush()
+        trace, _ = tracer.trace([each for each, _ in session.checkpoints])
+    tracer.clear()
+    del target, session
+    assert trace is not None and alive() is None
+
+
+def test_memory_is_written_to_once_that_is_allowed(tmp_path: Path) -> None:
+    target, allowed = model(), []
+
+    def vote() -> None:
+        assert not target["rows"].any()
+        allowed.append(True)
+
+    tracer = Tracer(Parameters(target))
+    with LoadSession(Settings(), LoadReport(), tracer, before_write=vote) as session:
+        with session.armed(), torch.no_grad():
+            next(iter(session.iterate(checkpoint(tmp_path / "a", 1))))
+            target["rows"].fill_(7)
+    assert allowed == [True]
 
 
 def test_other_headers_or_other_memory_are_not_followed(tmp_path: Path) -> None:

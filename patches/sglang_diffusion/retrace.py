@@ -12,22 +12,20 @@ from typing import Final, NamedTuple
 import torch
 
 from weightlift.loading.checkpoint import Checkpoint
-from weightlift.loading.errors import PlanAborted, WeightliftError
+from weightlift.loading.errors import WeightliftError
 from weightlift.loading.parameters import Parameters
 from weightlift.loading.read_ahead import shards_in
 from weightlift.loading.session import LoadSession
 from weightlift.loading.trace import Trace, Tracer
 from weightlift.patches.sglang_diffusion.modules import is_apart
-
-_SNAPSHOT = "_offload_weight_snapshot"
-"""Where the engine, from 0.5.20 on, keeps weights of a module that is not where it is used."""
+from weightlift.patches.sglang_diffusion.sleep import ENGINES_OWN
 
 
 class _Known(NamedTuple):
-    """The update before: its modules, the shards of each, what it moved, what the engine said of it."""
+    """The update before: its modules, what their folders held, what it moved, what the engine said of it."""
 
     names: tuple[str, ...]
-    files: tuple[tuple[str, ...], ...]
+    listing: tuple[tuple[object, ...], ...]
     trace: Trace
     message: str
 
@@ -45,66 +43,62 @@ class Retrace:
     """
 
     def __init__(self, modules: Mapping[str, torch.nn.Module], folders: Mapping[str, str]) -> None:
-        self._modules = modules
-        self._folders = [Path(os.path.abspath(folders[name])) for name in modules]
-        self._parameters = Parameters.of(torch.nn.ModuleList(modules.values()))
-        self.tracer = Tracer(self._parameters)
+        places = [Path(os.path.abspath(folders[name])) for name in modules]
+        self._files = [[str(file) for file in shards_in(place)] for place in places]
+        self._names = tuple(modules)
+        self._listing = tuple(_listing(place) for place in places)
+        self._first = next(iter(modules.values()))
+        items = modules.values()
+        self._is_in_place = not any(is_apart(item) or ENGINES_OWN in vars(item) for item in items)
+        listed = torch.nn.ModuleList(items if self._is_in_place else [])
+        self._tracer = Tracer(Parameters.of(listed))
+        self._followed: _Known | None = None
+
+    @property
+    def tracer(self) -> Tracer | None:
+        """Takes down an update that does not follow."""
+        return self._tracer if self._is_in_place else None
 
     def follow(self, session: LoadSession) -> str:
         """Have all moved as in the update before; returns what the engine said then, or '' if it cannot be.
 
         Nothing is written before the session's first flush.
-
-        Raises:
-            PlanAborted: Files were replaced just now.
         """
-        known = self._known()
-        if known is None or not self._holds(known.trace):
+        known = _known.get(self._first) if self._is_in_place else None
+        if known is None or known[:2] != (self._names, self._listing):
             return ""
-        checkpoints = [session.open(files) for files in self._files()]
-        if not known.trace.holds_for(checkpoints, self._parameters):
-            raise session.abort(PlanAborted("files were replaced while they were opened"))
-        known.trace.follow(session, checkpoints, self._parameters)
-        return known.message
-
-    def _holds(self, trace: Trace) -> bool:
-        """Whether it holds for the files that are there now; the session opens each once."""
         with ExitStack() as opened:
             try:
-                checkpoints = [
-                    opened.enter_context(Checkpoint.open(files)) for files in self._files()
-                ]
+                checkpoints = [opened.enter_context(Checkpoint.open(each)) for each in self._files]
             except WeightliftError:  # the engine's own update will tell
-                return False
-            return trace.holds_for(checkpoints, self._parameters)
-
-    def _known(self) -> _Known | None:
-        """The update before, if it was of the same modules and of files of the same names."""
-        known = _known.get(next(iter(self._modules.values())))
-        is_alike = known is not None and known[:2] == (tuple(self._modules), self._names())
-        return known if is_alike and self._are_in_place() else None
-
-    def _are_in_place(self) -> bool:
-        modules = self._modules.values()
-        return not any(is_apart(item) or _SNAPSHOT in vars(item) for item in modules)
-
-    def _files(self) -> list[list[str]]:
-        """The shards of each module."""
-        return [[str(file) for file in shards_in(folder)] for folder in self._folders]
-
-    def _names(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(map(os.path.basename, files)) for files in self._files())
+                return ""
+            if not known.trace.holds_for(checkpoints, self._tracer.parameters):
+                return ""
+            opened.pop_all()
+        for checkpoint in checkpoints:
+            session.hold(checkpoint)
+        self._followed = _known.pop(self._first)  # not to be followed again if this fails
+        known.trace.follow(session, checkpoints, self._tracer.parameters)
+        return known.message
 
     def note(self, session: LoadSession, message: str) -> None:
         """Remember an update that succeeded."""
         checkpoints = [checkpoint for checkpoint, _ in session.checkpoints]
-        opened = [shard.file.path for each in checkpoints for shard in each.shards]
-        if opened != [file for files in self._files() for file in files]:
-            session.report.plan_note = "the engine read other files than these"
-            return
-        trace, session.report.plan_note = self.tracer.trace(checkpoints)
-        first = next(iter(self._modules.values()))
-        if trace is not None and self._are_in_place():
-            _known[first] = _Known(tuple(self._modules), self._names(), trace, message)
+        opened = [[shard.file.path for shard in each.shards] for each in checkpoints]
+        trace = self._followed.trace if self._followed is not None else None
+        if trace is None and self._is_in_place and opened == self._files:
+            trace, session.report.plan_note = self._tracer.trace(checkpoints)
+        if trace is not None:
+            _known[self._first] = _Known(self._names, self._listing, trace, message)
         else:
-            _known.pop(first, None)
+            _known.pop(self._first, None)
+
+    def clear(self) -> None:
+        """Hold nothing of the modules any more."""
+        self._tracer.clear()
+
+
+def _listing(folder: Path) -> tuple[object, ...]:
+    """Names of shards, and what indices say: from 0.5.20 on they tell the engine which to take."""
+    indices = [file.read_bytes() for file in sorted(folder.glob("*.safetensors.index.json"))]
+    return (*(file.name for file in shards_in(folder)), *indices)

@@ -15,7 +15,7 @@ from weightlift.loading.sleep import Sleeper
 
 _MODULE = "sglang.multimodal_gen.runtime.managers.memory_managers.memory_occupation_controller"
 
-_ENGINES_OWN = "_offload_weight_snapshot"
+ENGINES_OWN = "_offload_weight_snapshot"
 """Where the engine, from 0.5.20 on, keeps the host's copy of a component that it offloads by itself."""
 
 _sleepers: Final[weakref.WeakKeyDictionary[Any, Sleeper]] = weakref.WeakKeyDictionary()
@@ -39,7 +39,7 @@ def _move_modules(
         instance.pipeline
     )
     named = {
-        name: modules[name] for name in call["names"] if _ENGINES_OWN not in vars(modules[name])
+        name: modules[name] for name in call["names"] if ENGINES_OWN not in vars(modules[name])
     }
     sleeper.sleep(named)
     try:

@@ -142,8 +142,7 @@ class _Update:
         Raises:
             UpdateRefused: A rank cannot. Nothing was written.
         """
-        # Nothing is written before the first flush, so that what is wrong with a module is found
-        # while the weights before are still in place.
+        # Nothing is written before the first flush: what is wrong is found while all is in place
         begin = self._transaction.begin
         tracer = self._retrace.tracer
         session = LoadSession(settings, report, tracer, before_write=begin, all_wait=True)
@@ -157,11 +156,13 @@ class _Update:
                         is_planned, message = self._applied()
                 if is_planned:
                     session.finish(torch.nn.ModuleList(self._modules.values()))
-                if is_planned and report.plan == "full":
                     self._retrace.note(session, message)
+                    self._transaction.is_planned = True
         except Exception:
             if session.aborted is None:
                 raise
+        finally:
+            self._retrace.clear()
         if session.aborted is None and (is_planned or report.plan_note):
             return is_planned, message
         # Perhaps it is for the lazy tensors; what is not fails again.
@@ -220,7 +221,8 @@ def _records(module: str, versions: str) -> Patch:
         why="Modules are updated one after the other, tensor by tensor from pageable memory, and one "
         "that fails has the whole checkpoint before read again.",
         how="With `--enable-parallel-module-load` all modules are planned, then written in one go. What "
-        "is wrong with a checkpoint is found before a byte is written.",
+        "is wrong with a checkpoint is found before a byte is written. One of the same headers as that "
+        "before moves what that moved, unplanned.",
         upstream="Nothing is proposed.",
         drop_when="The engine's own updates read at the speed of the hardware.",
     )
