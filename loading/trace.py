@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.header import TensorEntry
+from weightlift.loading.operations import SET_ITEM, is_in_place
 from weightlift.loading.parameters import Geometry, Parameters
 from weightlift.loading.recording import Ledger
 from weightlift.loading.session import LoadSession
@@ -100,12 +101,15 @@ class Tracer(Ledger):
             self.transfers.append(transfer)
 
     def touched(self, func: Callable[..., Any], tensors: Iterable[torch.Tensor]) -> bool:
-        """Note whether parameters took part in something else; there will be no trace then."""
+        """Note whether parameters took part in something else; there will be no trace then.
+
+        Returns whether it may be that one is written to.
+        """
         places = [_storage(tensor) for tensor in tensors]
         if not any(place is None or place in self._storages for place in places):
             return False
         self.after_all = getattr(func, "__name__", repr(func))
-        return True
+        return is_in_place(func) or func == SET_ITEM
 
     def clear(self) -> None:
         """Hold nothing of the model any more."""

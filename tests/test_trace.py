@@ -200,6 +200,7 @@ def test_memory_is_written_to_once_that_is_allowed(tmp_path: Path) -> None:
     with LoadSession(Settings(), LoadReport(), tracer, before_write=vote) as session:
         with session.armed(), torch.no_grad():
             next(iter(session.iterate(checkpoint(tmp_path / "a", 1))))
+            assert not target["rows"].sum() and not allowed, "it is looked at"
             target["rows"].fill_(7)
     assert allowed == [True]
 

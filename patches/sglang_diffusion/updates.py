@@ -49,9 +49,8 @@ def _apply_weights(
     modules: dict[str, torch.nn.Module] = dict(call["modules_to_update"])
     report = report_of("sglang", str(next(iter(call["weights_map"].values()), "")), "update")
     report.architecture = ", ".join(type(module).__name__ for module in modules.values())
-    retrace = Retrace(modules, call["weights_map"])
     apply = functools.partial(wrapped, *args, **kwargs)
-    update = _Update(apply, instance, modules, transaction, retrace)
+    update = _Update(apply, instance, modules, call["weights_map"], transaction)
     before = _is_updating.set(True)
     try:
         if any(is_sharded(module) for module in modules.values()):
@@ -91,8 +90,8 @@ class _Update:
         apply: Its ``_apply_weights``, with what that takes.
         updater: Its updater.
         modules: What is updated.
+        folders: Where the files of each are.
         transaction: Of all ranks.
-        retrace: What is known of the one before.
     """
 
     def __init__(
@@ -100,14 +99,14 @@ class _Update:
         apply: Callable[[], tuple[bool, str]],
         updater: Any,
         modules: dict[str, torch.nn.Module],
+        folders: dict[str, str],
         transaction: Transaction,
-        retrace: Retrace,
     ) -> None:
         self._apply = apply
         self._updater = updater
         self._modules = modules
+        self._folders = folders
         self._transaction = transaction
-        self._retrace = retrace
 
     def agreed(self, write: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
         """Write, and have the weights before again if this rank or another could not."""
@@ -144,25 +143,25 @@ class _Update:
         """
         # Nothing is written before the first flush: what is wrong is found while all is in place
         begin = self._transaction.begin
-        tracer = self._retrace.tracer
-        session = LoadSession(settings, report, tracer, before_write=begin, all_wait=True)
+        retrace = Retrace(self._modules, self._folders)
+        session = LoadSession(settings, report, retrace.tracer, before_write=begin, all_wait=True)
         is_planned, message = False, ""
         try:
             with session:
-                message = self._retrace.follow(session)
+                message = retrace.follow(session)
                 report.plan, is_planned = "replay" if message else "full", bool(message)
                 if not is_planned:
                     with session.armed():
                         is_planned, message = self._applied()
                 if is_planned:
                     session.finish(torch.nn.ModuleList(self._modules.values()))
-                    self._retrace.note(session, message)
+                    retrace.note(session, message)
                     self._transaction.is_planned = True
         except Exception:
             if session.aborted is None:
                 raise
         finally:
-            self._retrace.clear()
+            retrace.clear()
         if session.aborted is None and (is_planned or report.plan_note):
             return is_planned, message
         # Perhaps it is for the lazy tensors; what is not fails again.
