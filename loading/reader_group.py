@@ -245,4 +245,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _gone(why: str) -> PlanAborted:
-    return PlanAborted(f"a reader process died ({why}); is the host short of memory?")
+    return PlanAborted(
+        f"a reader process died ({why}); is the host short of memory, or was weightlift upgraded meanwhile?"
+    )

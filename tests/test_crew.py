@@ -164,6 +164,17 @@ def test_a_pipe_in_which_a_writer_might_wait_is_refused(
     assert descriptors(os.getpid()) == before
 
 
+def test_readers_of_another_version_are_not_spoken_to(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "LAYOUT", "another")
+    crew = Crew(SPEC)
+    crew.start()
+    assert crew.is_started and not crew.in_processes, "threads of this version read"
+    assert "upgraded meanwhile" in caplog.text
+    crew.release()
+
+
 def test_windows_of_many_parts_are_asked_for_again_and_again(tmp_path: Path) -> None:
     window = 3 << 20
     data = os.urandom(window + 2 * MOST_WINDOWS * 1000)
