@@ -59,21 +59,20 @@ class Retrace:
         """Takes down an update that does not follow."""
         return self._tracer if self._is_in_place else None
 
-    def follow(self, session: LoadSession) -> str:
-        """Have all moved as in the update before; returns what the engine said then, or '' if it cannot be.
+    def follow(self, session: LoadSession) -> str | None:
+        """Have all moved as in the update before; returns what the engine said then, None if it cannot be.
 
-        Nothing is written before the session's first flush.
-        """
+        Nothing is written before the session's first flush."""
         known = _known.get(self._first) if self._is_in_place else None
         if known is None or known[:2] != (self._names, self._listing):
-            return ""
+            return None
         with ExitStack() as opened:
             try:
                 checkpoints = [opened.enter_context(Checkpoint.open(each)) for each in self._files]
             except WeightliftError:  # the engine's own update will tell
-                return ""
+                return None
             if not known.trace.holds_for(checkpoints, self._tracer.parameters):
-                return ""
+                return None
             opened.pop_all()
         for checkpoint in checkpoints:
             session.hold(checkpoint)

@@ -148,9 +148,11 @@ class _Update:
         is_planned, message = False, ""
         try:
             with session:
-                message = retrace.follow(session)
-                report.plan, is_planned = "replay" if message else "full", bool(message)
-                if not is_planned:
+                followed = retrace.follow(session)
+                report.plan = "full" if followed is None else "replay"
+                if followed is not None:
+                    is_planned, message = True, followed
+                else:
                     with session.armed():
                         is_planned, message = self._applied()
                 if is_planned:
