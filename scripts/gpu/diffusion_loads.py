@@ -302,6 +302,7 @@ def run(folder: Path, way: str, group: str, report: Path) -> dict[str, Any]:
     """One way in a process of its own."""
     is_ours, flags = WAYS[way]
     environ = {**os.environ, "WEIGHTLIFT": str(int(is_ours)), "WEIGHTLIFT_REPORT": str(report)}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an engine that is installed has its own compiled
     command = [sys.executable, __file__, "--one", str(folder), group, *flags]
     ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT ")]
