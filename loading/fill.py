@@ -17,6 +17,8 @@ from weightlift.loading.transfer import Run, Transfer, row_major
 def fill(session: LoadSession, checkpoint: Checkpoint, targets: Mapping[str, torch.Tensor]) -> None:
     """Fill tensors from those of their names, which have their shapes; all in place on return.
 
+    Of a name that stands in several shards the last one counts, as in engines.
+
     Args:
         session: The load.
         checkpoint: Its open shards.
@@ -25,13 +27,13 @@ def fill(session: LoadSession, checkpoint: Checkpoint, targets: Mapping[str, tor
     Raises:
         CheckpointError: A shard could not be read.
     """
-    are_apart = _are_apart(targets.values())
+    are_apart, last = _are_apart(targets.values()), checkpoint.locate()
     report, rest = session.report, set()
     for shard in checkpoint.shards:
         runs: dict[torch.device, list[Run | Transfer]] = {}
         for name, entry in shard.tensors.items():
             target = targets.get(name)
-            if target is None or not entry.nbytes:
+            if target is None or not entry.nbytes or last[name][0] is not shard.file:
                 continue
             if not is_plain(target, entry.shape):
                 rest.add(name)
@@ -48,7 +50,7 @@ def fill(session: LoadSession, checkpoint: Checkpoint, targets: Mapping[str, tor
         for work in runs.values():
             memories = [run.memory for run in work if isinstance(run, Run)]
             session.delivery.add_disjoint(shard.file, work, memories)
-    for name, weight in session.lazies(checkpoint, rest):
+    for name, weight in session.lazies(checkpoint, rest):  # the last one, last
         targets[name].copy_(weight)
     report.tensors = len(targets)
     session.flush()

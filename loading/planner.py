@@ -164,6 +164,11 @@ class Planner:
     def _fast(
         self, session: LoadSession, checkpoint: Checkpoint, families: Families
     ) -> NamedWeights:
+        names = [entry.name for entry in checkpoint.entries()]
+        if len(set(names)) < len(names):  # the last one counts, and what is derived has no order
+            self.note = "several of its files have a tensor of the same name"
+            yield from session.lazies(checkpoint)
+            return
         found = kinds(checkpoint.entries(), self.parameters, families)
         derivable = {
             entry.name

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from weightlift.loading.derive import derive
 from weightlift.loading.families import Families, Kind, kinds, samples
 from weightlift.loading.header import TensorEntry
 from weightlift.loading.parameters import Parameters
+from weightlift.loading.planner import Planner
 from weightlift.loading.recording import Move, Recipe
+from weightlift.loading.report import LoadReport
+from weightlift.loading.session import LoadSession
+from weightlift.loading.settings import Settings
 
 LAYERS, EXPERTS, ROWS, COLUMNS = 6, 64, 4, 8
 NBYTES = ROWS * COLUMNS * 2
@@ -174,3 +180,24 @@ def test_layers_of_another_shape_are_of_another_kind() -> None:
     found = kinds(entries, model, FAMILIES)
     assert [list(kind.layers) for kind in found] == [["1", "2", "3", "4", "5"]]
     assert isinstance(found[0], Kind)
+
+
+def test_names_that_stand_in_two_files_are_left_to_the_engine(
+    tmp_path: Path,
+) -> None:
+    weights = {f"model.layers.{layer}.w": torch.full((4, 4), layer + 1.0) for layer in range(5)}
+    weights["model.embed"] = torch.ones(4, 4)
+    save_file(weights, tmp_path / "1.safetensors")
+    save_file({"model.layers.3.w": torch.full((4, 4), 99.0)}, tmp_path / "2.safetensors")
+    plans = []
+    for files in (["1.safetensors"], ["1.safetensors", "2.safetensors"]):
+        model = {name: torch.zeros(4, 4) for name in weights}
+        planner = Planner(Parameters(model), families=FAMILIES, is_fast=True)
+        with LoadSession(Settings(), LoadReport(), planner.ledger, planner.weights) as session:
+            with session.armed():
+                paths = [str(tmp_path / file) for file in files]
+                for name, weight in session.guard(session.iterate(paths)):
+                    model[name].copy_(weight)
+        plans.append((planner.plan, model["model.layers.3.w"][0, 0].item()))
+    assert plans == [("fast", 4.0), ("full", 99.0)]
+    assert "of the same name" in planner.note

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from weightlift.loading.errors import CheckpointError
 from weightlift.loading.report import LoadReport
@@ -131,6 +132,17 @@ def test_load_into_names_what_does_not_fit(save: Any) -> None:
         load_into({"w": torch.zeros(4, 5)}, path)
     with pytest.raises(CheckpointError, match="'missing'.*not in the checkpoint"):
         load_into({"w": torch.zeros(4, 4), "missing": torch.zeros(1)}, path)
+
+
+def test_of_a_name_in_two_files_the_last_one_counts(tmp_path: Path) -> None:
+    for number, file in enumerate(("model", "model_ema")):
+        weights = {f"w{each}": torch.full((64, 64), float(number)) for each in range(6)}
+        save_file(weights, tmp_path / f"{file}.safetensors")
+    targets = {f"w{each}": torch.full((64, 64), 7.0) for each in range(6)}
+    report = load_into(targets, tmp_path)
+    assert all(torch.equal(target, torch.ones(64, 64)) for target in targets.values())
+    assert report.planned == 6, "each is read once"
+    assert report.bytes_needed == sum(target.nbytes for target in targets.values())
 
 
 def test_a_report_is_one_json_line_a_load(tmp_path: Path) -> None:
