@@ -67,11 +67,9 @@ class CrewReaders(ReaderPool):
         self._offered.append(window)
         if not self._needed.is_set():
             self._needed.set()
-        if self._is_ready and self._is_on_device() and self._turn.acquire(blocking=False):
-            try:
+        if self._is_ready and self._is_on_device() and not self._turn.locked():
+            with self._turn:  # after ``acquire``, Ctrl-C may come before any ``try``
                 self._hand_out()
-            finally:
-                self._turn.release()
             if isinstance(self._failure, KeyboardInterrupt):
                 raise self._failure
 

@@ -19,6 +19,9 @@ from weightlift.loading.errors import CheckpointError, UnsupportedCheckpoint
 from weightlift.loading.files import ShardFile
 
 MAX_HEADER_BYTES = 100_000_000
+MOST_DIMENSIONS = 64
+"""Of a tensor, as most of torch takes. Some megabytes of sizes would take hours to multiply."""
+
 MOST_KEPT_BYTES = 64_000_000
 """Of headers that are kept; that of Qwen3-30B-A3B takes 2.3 MB."""
 
@@ -178,6 +181,8 @@ def _entry(file: ShardFile, name: str, facts: Any, start: int) -> TensorEntry:
     dtype = DTYPES.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
     if dtype is None:
         raise UnsupportedCheckpoint(f"{file.path}, tensor {name!r}: dtype {facts['dtype']!r}")
+    if len(shape) > MOST_DIMENSIONS:
+        raise UnsupportedCheckpoint(f"{file.path}, tensor {name!r}: {len(shape)} dimensions")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != end - begin:
         problem = f"{facts['dtype']} of shape {shape} takes {nbytes} bytes, not {end - begin}"

@@ -127,6 +127,8 @@ class ReaderPool(abc.ABC):
         self._left.add(load)
         self.wait(load)
         self._left.discard(load)
+        if self._device.type == "cuda" and not self._knows_places:
+            torch.cuda.synchronize(self._device)  # copies may be on their way
 
     def close(self) -> None:
         """Drop what waits, end the threads and wait for them."""

@@ -96,7 +96,7 @@ class Stager:
             time.sleep(LOOK_SECONDS)
             try:
                 self._look(is_watching=looks % WATCH_EVERY == 0)
-            except OSError as error:  # of the control folder: a full disk, a server that is gone
+            except Exception as error:  # noqa: BLE001 - a full disk, a server that is gone: it is asked again
                 logger.warning("weightlift: staging cannot answer: %s", error)
 
     def _look(self, *, is_watching: bool) -> None:

@@ -134,6 +134,12 @@ def test_a_shape_beyond_what_torch_holds_is_unsupported(tmp_path: Path) -> None:
         Checkpoint.open([write(tmp_path / "huge.safetensors", header, b"")])
 
 
+def test_a_shape_of_more_sizes_than_tensors_have_is_not_multiplied_out(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F32", "shape": [1 << 62] * 300, "data_offsets": [0, 0]}}
+    with pytest.raises(UnsupportedCheckpoint, match="300 dimensions"):
+        Checkpoint.open([write(tmp_path / "deep.safetensors", header, b"")])
+
+
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(CheckpointError, match="not a regular file"):

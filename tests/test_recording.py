@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from weightlift.loading import stager
 from weightlift.loading.checkpoint import Checkpoint
 from weightlift.loading.control import Control, Staged
 from weightlift.loading.errors import CheckpointError, UpdateRefused
@@ -20,8 +22,10 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession, NamedWeights
 from weightlift.loading.settings import Settings
 from weightlift.loading.stage import Stage
+from weightlift.loading.stager import Stager
 from weightlift.loading.transaction import Transaction
 from weightlift.loading.wanted import wanted_ranges
+from weightlift.patches.sglang.server import stage
 
 Model = dict[str, torch.Tensor]
 
@@ -258,6 +262,39 @@ def test_control_keeps_each_models_word(tmp_path: Path) -> None:
     assert control.broken() == "half of it"
     control.mark_whole(1)
     assert not control.broken()
+
+
+def test_who_asked_hears_that_another_checkpoint_was_staged_instead(tmp_path: Path) -> None:
+    control = Control(tmp_path)
+    control.answer(Staged(0))
+
+    def answer() -> None:
+        while control.request() is None:
+            time.sleep(0.001)
+        control.ask_to_stage("/b")
+        control.answer(Staged(0, 2, "/b", 10, 0.1))
+
+    rank = threading.Thread(target=answer)
+    rank.start()
+    told = stage(control, "/a", wait=True, timeout=60)
+    rank.join()
+    assert not told["success"] and "rank 0 staged /b instead" in told["message"]
+
+
+def test_whoever_stages_goes_on_whatever_goes_wrong_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[None] = []
+
+    def look(*_: object, **__: object) -> None:
+        looks.append(None)
+        if len(looks) == 3:
+            raise KeyboardInterrupt  # or it would go on for ever
+        raise ValueError("a header that nobody thought of")
+
+    monkeypatch.setattr(Stager, "_look", look)
+    monkeypatch.setattr(stager, "LOOK_SECONDS", 0.001)
+    with pytest.raises(KeyboardInterrupt):
+        Stager(0, Stage(0, pinned=False), Settings(), list)._work()
+    assert len(looks) == 3
 
 
 def test_a_ledger_knows_no_tensor_that_was_not_offered() -> None:

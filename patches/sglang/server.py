@@ -114,6 +114,8 @@ def stage(control: Control, path: str, *, wait: bool, timeout: float) -> dict[st
         return {"success": True, "message": "staging goes on", "ranks": []}
     errors = [f"rank {rank.rank}: {rank.error}" for rank in told if rank.error]
     errors += [f"rank {rank.rank} did not answer" for rank in told if rank.request < request]
+    others = [rank for rank in told if rank.request >= request and rank.path != path]
+    errors += [f"rank {rank.rank} staged {rank.path} instead, asked since" for rank in others]
     ranks = [{"rank": rank.rank, "bytes": rank.nbytes, "seconds": rank.seconds} for rank in told]
     message = "; ".join(errors) or f"{path} is staged"
     return {"success": not errors, "message": message, "ranks": ranks}
