@@ -17,6 +17,7 @@ from weightlift.compat.context import Context, provide
 from weightlift.compat.engines import Engine, find_engine
 from weightlift.compat.patch import Handle, Outcome, Patch, Result, put_on, take_off
 from weightlift.hooks import options
+from weightlift.hooks.startup import is_off
 from weightlift.patches import INTEGRATIONS, Integration, PatchFile
 
 logger = logging.getLogger("weightlift")
@@ -70,8 +71,8 @@ def check(integration: Integration, engine: Engine | None) -> Result:
     """Whether this integration may patch this engine: WAITING if so."""
     if engine is None:
         return Result(Outcome.NOT_INSTALLED)
-    if os.environ.get("WEIGHTLIFT") == "0":
-        return Result(Outcome.DISABLED, "WEIGHTLIFT=0")
+    if is_off():
+        return Result(Outcome.DISABLED, f"WEIGHTLIFT={os.environ['WEIGHTLIFT']}")
     try:
         untested = options.settings().untested_versions
     except options.OptionError:
@@ -107,6 +108,13 @@ def _install(integration: Integration) -> None:
             wrapt.register_post_import_hook(hook, module)
 
 
+def _log_with(name: str) -> None:
+    """Have lines of ours stand where this logger's do, unless ours or the root's have a place already."""
+    if name and not logger.hasHandlers():
+        logger.parent = logging.getLogger(name)  # as vLLM-Omni does for its own
+        logger.setLevel(logging.NOTSET)  # forgets which levels were on
+
+
 def _patch(
     integration: Integration, engine: Engine, file: PatchFile, key: str, module: ModuleType
 ) -> None:
@@ -118,6 +126,7 @@ def _patch(
     with _lock:
         if not _state.is_installed:
             return
+        _log_with(integration.logger)
         try:
             version = integration.selected_version(engine, untested=True)
             assert version, "the newest version stands in for those that are not known"

@@ -226,10 +226,15 @@ def _from_yaml(path: str) -> dict[str, Any]:
             f"{path}: unknown key {', '.join(unknown)}; the keys are {', '.join(known)}"
         )
     return {
-        name: _parse(known[name], str(value), f"{path}: {name}")
+        name: _parse(known[name], _word(value), f"{path}: {name}")
         for name, value in content.items()
         if value is not None
     }
+
+
+def _word(value: Any) -> str:
+    """What was written; to YAML, a bare ``on`` is the same as ``true``."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _parse(option: Option, text: str, where: str) -> Any:

@@ -35,12 +35,20 @@ def watch() -> None:
         wake()
 
 
+def is_off() -> bool:
+    """Whether the environment turns weightlift off, in one of the words that switches take."""
+    return os.environ.get("WEIGHTLIFT", "").lower() in ("0", "false", "off")
+
+
 def wake() -> None:
     """Install the patches; if that fails, say so and leave the engine as it is."""
-    if os.environ.get("WEIGHTLIFT") == "0":
+    if is_off():
         import logging
 
-        logging.getLogger("weightlift").warning("weightlift: off in this process (WEIGHTLIFT=0)")
+        given = os.environ["WEIGHTLIFT"]
+        logging.getLogger("weightlift").warning(
+            "weightlift: off in this process (WEIGHTLIFT=%s)", given
+        )
         return
     try:
         from weightlift.hooks.bootstrap import install

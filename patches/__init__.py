@@ -48,12 +48,14 @@ class Integration:
         versions: PEP 440 range of the versions that the tests load models with.
         newest: The newest of them, which later versions are taken for on request.
         patch_files: What is patched, module by module.
+        logger: The engine's logger, if that is the only one that it sets up.
     """
 
     engine: str
     versions: str
     newest: str
     patch_files: tuple[PatchFile, ...]
+    logger: str = ""
 
     def selected_version(self, engine: Engine, *, untested: bool) -> Version | None:
         """The version whose patches this engine gets, or None if it gets none."""
@@ -154,6 +156,7 @@ VLLM = Integration(
         PatchFile("vllm.entrypoints.cli.serve", "weightlift.patches.vllm.flags"),
         PatchFile("vllm.entrypoints.llm", "weightlift.patches.vllm.flags"),
     ),
+    logger="vllm",
 )
 
 VLLM_OMNI = Integration(
@@ -174,6 +177,7 @@ VLLM_OMNI = Integration(
             "vllm_omni.entrypoints.omni_base", "weightlift.patches.vllm_omni.flags", ">=0.18"
         ),
     ),
+    logger="vllm",
 )
 
 INTEGRATIONS: tuple[Integration, ...] = (SGLANG, VLLM, VLLM_OMNI)

@@ -86,6 +86,7 @@ def test_stock_and_weightlift_leave_the_same(runs: Runs, pipelines: Path) -> Non
     for case in ("processes", "off", "not asked"):
         assert runs.hashes(case) == runs.hashes("qwenimage 1 stock"), case
     # Weightlift did it: each kind on one rank and on two, and the four cases more that load.
+    assert "weightlift: launch of" in runs.output, "in the engine's log"
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
     assert len(planned_loads) == 2 * 3 + 4
     for report in planned_loads:

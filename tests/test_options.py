@@ -34,6 +34,14 @@ def test_environment_beats_yaml(tmp_path: Path) -> None:
     assert found.asked == {"num_load_threads", "staging_mib", "multithread_load"}
 
 
+@pytest.mark.parametrize("word", ["on", "off", "auto", "'on'"])
+def test_yaml_takes_the_words_of_a_mode_without_quotes(word: str, tmp_path: Path) -> None:
+    file = tmp_path / "weightlift.yaml"
+    file.write_text(f"direct_io: {word}\nexchange: {word}\n")
+    found = settings({"WEIGHTLIFT_CONFIG": str(file)})
+    assert found.direct_io == found.exchange == word.strip("'")
+
+
 @pytest.mark.parametrize(
     ("variable", "text", "message"),
     [

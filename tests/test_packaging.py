@@ -127,14 +127,15 @@ def test_a_hook_that_fails_leaves_the_interpreter_and_the_import_alone(tmp_path:
     assert "weightlift is off in this process: it failed to start" in ran.stderr
 
 
-def test_switched_off_it_says_so_once_and_patches_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", ["0", "off", "False"])
+def test_switched_off_it_says_so_once_and_patches_nothing(tmp_path: Path, word: str) -> None:
     engine = tmp_path / "sglang"
     engine.mkdir()
     (engine / "__init__.py").write_text("up = True\n")
     code = "import sglang, sys; print('weightlift.hooks.bootstrap' in sys.modules)"
-    ran = python("-c", code, PYTHONPATH=str(tmp_path), WEIGHTLIFT="0")
+    ran = python("-c", code, PYTHONPATH=str(tmp_path), WEIGHTLIFT=word)
     assert ran.stdout == "False\n"
-    assert ran.stderr == "weightlift: off in this process (WEIGHTLIFT=0)\n"
+    assert ran.stderr == f"weightlift: off in this process (WEIGHTLIFT={word})\n"
 
 
 def test_the_root_folders_are_not_importable_by_their_own_names(tmp_path: Path) -> None:

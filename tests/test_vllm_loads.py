@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -162,6 +163,8 @@ def test_stock_and_weightlift_leave_the_same(version: str, tmp_path: Path) -> No
         assert runs.hashes("pickled, reloaded") == runs.hashes("qwen3 1 stock, reloaded")
         assert "no safetensors files" in runs.error("pickled, asked")
         assert runs.hashes("pickled, refused") == runs.hashes("qwen3 1 stock")
+    # The engine's log says so, which shows no other logger's lines.
+    assert re.search(r"^INFO .* weightlift: launch of Qwen3ForCausalLM", runs.output, re.MULTILINE)
     # Weightlift did it: each model on one rank and on two, and the cases more that load.
     planned_loads = [report for report in runs.reports if report["mode"] == "weightlift"]
     reloads = [report for report in planned_loads if report["phase"] == "update"]

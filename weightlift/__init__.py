@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor an engine: the start-up hook goes through here.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def release() -> int:

@@ -267,7 +267,6 @@ def vllm_environ(*folders: Path) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_TARGET_DEVICE": "cpu",
     }
 
