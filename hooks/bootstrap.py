@@ -112,7 +112,7 @@ def _log_with(name: str) -> None:
     """Have lines of ours stand where this logger's do, unless ours or the root's have a place already."""
     if name and not logger.hasHandlers():
         logger.parent = logging.getLogger(name)  # as vLLM-Omni does for its own
-        logger.setLevel(logging.NOTSET)  # forgets which levels were on
+        logger.setLevel(logger.level)  # has it find out anew which levels are on
 
 
 def _patch(

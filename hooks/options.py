@@ -234,7 +234,9 @@ def _from_yaml(path: str) -> dict[str, Any]:
 
 def _word(value: Any) -> str:
     """What was written; to YAML, a bare ``on`` is the same as ``true``."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
 
 
 def _parse(option: Option, text: str, where: str) -> Any:

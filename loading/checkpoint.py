@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry, read_entries
 from weightlift.loading.uncollected import uncollected
 
-INDEX_NAME = "model.safetensors.index.json"
+INDICES = "*.safetensors.index.json"
+_MODEL_INDEX = "model.safetensors.index.json"
 _OPEN_THREADS = 8
 
 
@@ -46,20 +47,22 @@ class Checkpoint:
             UnsupportedCheckpoint: A dtype that this torch does not have.
         """
         paths = [os.fspath(file) for file in files]
-        with uncollected(), ThreadPoolExecutor(_OPEN_THREADS) as pool:
-            opening = [pool.submit(open_shard, path) for path in paths]
-        failed = next((job for job in opening if job.exception()), None)
-        if failed:
-            for job in opening:
-                if not job.exception():
-                    job.result().file.close()
-            raise failed.exception() or AssertionError
-        checkpoint = cls([job.result() for job in opening])
+        opened: dict[int, Shard] = {}
+
+        def open_one(number: int) -> None:
+            opened[number] = open_shard(paths[number])
+
         try:
+            with uncollected(), ThreadPoolExecutor(_OPEN_THREADS) as pool:
+                opening = [pool.submit(open_one, number) for number in range(len(paths))]
+            for job in opening:
+                job.result()
+            checkpoint = cls([opened[number] for number in range(len(paths))])
             if is_whole:
                 checkpoint._check_index()
         except BaseException:
-            checkpoint.close()
+            for shard in opened.values():
+                shard.file.close()
             raise
         return checkpoint
 
@@ -122,36 +125,47 @@ class Checkpoint:
         """Every file that an index beside these shards names must exist, with its tensors."""
         opened = {os.path.realpath(shard.file.path): shard for shard in self.shards}
         for folder in {os.path.dirname(shard.file.path) for shard in self.shards}:
-            index = Path(folder, INDEX_NAME)
-            weight_map = _weight_map(index) if index.is_file() else {}
-            files = sorted(set(weight_map.values()))  # a tensor each would take as long as a load
-            shards = {file: opened.get(os.path.realpath(Path(folder, file))) for file in files}
-            if not any(shards.values()):  # the index of other files, as of consolidated ones
-                continue
-            for file in files:
-                path = os.path.join(folder, file)
-                if not os.path.exists(path):
-                    raise CheckpointError(path, f"it is missing; {_TWO}")
-            for name, file in weight_map.items():
-                shard = shards[file]
-                if shard and name not in shard.tensors:
-                    problem = f"it is not in the file; {_TWO}"
-                    raise CheckpointError(shard.file.path, problem, tensor=name)
+            for index in Path(folder).glob(INDICES):
+                _compare(index, opened)
 
 
-_TWO = (
-    f"{INDEX_NAME} places it there, so the index and the shards are of two checkpoints. "
-    "In an engine, WEIGHTLIFT=0 leaves this check to it"
-)
+def _compare(index: Path, opened: Mapping[str, Shard]) -> None:
+    """See that the files that an index names exist, and that those opened have what it places there.
+
+    Args:
+        index: One of other files, as of consolidated ones, does not count.
+        opened: Shards by their real paths.
+
+    Raises:
+        CheckpointError: Index and shards do not belong together.
+    """
+    weight_map = _weight_map(index)
+    paths = {file: index.parent / file for file in sorted(set(weight_map.values()))}
+    shards = {file: opened.get(os.path.realpath(path)) for file, path in paths.items()}
+    if not any(shards.values()):
+        return
+    two = (
+        f"{index.name} places it there, so the index and the shards are of two checkpoints. "
+        "In an engine, WEIGHTLIFT=0 leaves this check to it"
+    )
+    for path in paths.values():
+        if not path.exists():
+            raise CheckpointError(str(path), f"it is missing; {two}")
+    for name, file in weight_map.items():
+        shard = shards[file]
+        if shard and name not in shard.tensors:
+            raise CheckpointError(shard.file.path, f"it is not in the file; {two}", tensor=name)
 
 
 def shard_paths(path: Path) -> list[Path]:
     """The safetensors files of a directory, by its index if it has one; or the file itself."""
     if path.is_file():
         return [path]
-    index = path / INDEX_NAME
-    if index.is_file():
-        return [path / name for name in sorted(set(_weight_map(index).values()))]
+    indices = list(path.glob(INDICES))
+    if len(indices) > 1:  # models that come in two forms have an index for each
+        indices = [index for index in indices if index.name == _MODEL_INDEX]
+    if indices:
+        return [path / name for name in sorted(set(_weight_map(indices[0]).values()))]
     found = sorted(path.glob("*.safetensors"))
     if not found:
         remedy = "Name a directory that holds *.safetensors, or one such file."
@@ -182,6 +196,8 @@ def _weight_map(index: Path) -> dict[str, str]:
             os.fsencode(file)
             if os.path.basename(file) != file or file in ("", "..") or "\0" in file:
                 raise ValueError(f"it names {file!r}, which is no file of its folder")
+        if not weight_map:
+            raise ValueError("it names no files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(str(index), f"not a checkpoint index ({error!r})") from error
     return dict(weight_map)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import weakref
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from weightlift.loading.pages import touch
 from weightlift.loading.staging import page_aligned, register, unregister
+from weightlift.loading.threads import submit
 
 BLOCK_BYTES = 256 << 20
 _ALIGNMENT = 512
@@ -62,19 +63,22 @@ class HostBlocks:
         Raises:
             OSError: The host has no such memory; blocks of which no piece was given are free.
         """
+        made: dict[int, torch.Tensor] = {}
+
+        def make(number: int) -> None:
+            made[number] = make_block(self._lengths[number], self._device, pageable=self._pageable)
+
         pool = ThreadPoolExecutor(self._threads, "weightlift-pin")
-        made = [
-            pool.submit(make_block, length, self._device, pageable=self._pageable)
-            for length in self._lengths
-        ]
         try:
+            making = [submit(pool, make, number) for number in range(len(self._lengths))]
             for size, (number, offset) in zip(self._sizes, self._offsets, strict=True):
                 if number == len(self._blocks):
-                    self._blocks.append(made[number].result())
+                    making[number].result()
+                    self._blocks.append(made.pop(number))
                 yield self._blocks[number][offset : offset + size]
         finally:
             pool.shutdown(cancel_futures=True)
-            unlock(self._device, made_by(made[len(self._blocks) :]))
+            unlock(self._device, list(made.values()))
 
     def release(self) -> int:
         """Free it, as far as nobody holds a piece; returns its bytes."""
@@ -110,11 +114,6 @@ def lock(block: torch.Tensor, *, pageable: bool = False) -> None:
     """
     if not register(block) and not pageable:
         raise OSError(errno.ENOMEM, "cannot be page-locked")
-
-
-def made_by(futures: Sequence[Future[torch.Tensor]]) -> list[torch.Tensor]:
-    """The blocks of those that are done and did not fail."""
-    return [future.result() for future in futures if not (future.cancelled() or future.exception())]
 
 
 def unlock(device: torch.device, blocks: list[torch.Tensor]) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from weightlift.loading.host_blocks import lock, made_by, unlock
+from weightlift.loading.host_blocks import lock, unlock
 from weightlift.loading.pages import touch
 from weightlift.loading.report import human
 from weightlift.loading.staging import page_aligned
+from weightlift.loading.threads import submit
 
 logger = logging.getLogger("weightlift")
 
@@ -75,16 +76,19 @@ class HostSupply:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         left = [future for ready in self._ready.values() for future in ready]
-        unlock(self._device, made_by(left))
+        made = [future for future in left if not (future.cancelled() or future.exception())]
+        unlock(self._device, [future.result() for future in made])
         self._ready.clear()
 
     def _make(self, nbytes: int) -> Future[torch.Tensor]:
         block = page_aligned(nbytes)
-        touched = [
-            self._pool.submit(touch, block.data_ptr() + start, min(PART_BYTES, nbytes - start))
-            for start in range(0, nbytes if self._device.type == "cuda" else 0, PART_BYTES)
-        ]
-        return self._pool.submit(self._lock, block, touched)
+
+        def find(start: int) -> None:
+            touch(block.data_ptr() + start, min(PART_BYTES, nbytes - start))
+
+        starts = range(0, nbytes if self._device.type == "cuda" else 0, PART_BYTES)
+        touched = [submit(self._pool, find, start) for start in starts]
+        return submit(self._pool, self._lock, block, touched)
 
     def _lock(self, block: torch.Tensor, touched: list[Future[None]]) -> torch.Tensor:
         for part in touched:  # all of them began before this did

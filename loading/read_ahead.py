@@ -12,6 +12,7 @@ from pathlib import Path
 
 from weightlift.loading.report import human
 from weightlift.loading.residency import STRETCH, PageCache
+from weightlift.loading.threads import start_thread
 
 logger = logging.getLogger("weightlift")
 
@@ -38,17 +39,19 @@ class ReadAhead:
         self._most = most
         self._files: deque[Path] = deque()
         self._dropped: set[str] = set()
+        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def add(self, files: Iterable[Path]) -> None:
         """Read these after what was added before. Those that cannot be read are passed over."""
-        self._files.extend(files)
-        if self._thread is None and self._files:
-            self._thread = threading.Thread(
-                target=self._work, name="weightlift-read-ahead", daemon=True
-            )
-            self._thread.start()
+        with self._lock:
+            self._files.extend(files)
+            if self._thread is None and self._files:
+                try:
+                    self._thread = start_thread(self._work, "read-ahead")
+                except OSError as error:
+                    logger.debug("weightlift: nothing is read ahead: %s", error)
 
     def drop(self, files: Iterable[str]) -> None:
         """Read no more of these: somebody else does now."""
@@ -57,8 +60,9 @@ class ReadAhead:
     def end(self) -> None:
         """Read no more; returns when the thread has ended."""
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -71,12 +75,19 @@ class ReadAhead:
 
     def _work(self) -> None:
         buffer = bytearray(CHUNK_BYTES)
-        while self._files and not self._ended.is_set():
-            path = self._files.popleft()
+        while (path := self._next()) is not None:
             try:
                 self._read(path, buffer)
             except OSError as error:  # the load that needs the file will tell
                 logger.debug("weightlift: %s is not read ahead: %s", path, error)
+
+    def _next(self) -> Path | None:
+        """The next file; after the last one whoever adds more starts another thread."""
+        with self._lock:
+            if self._files and not self._ended.is_set():
+                return self._files.popleft()
+            self._thread = None
+            return None
 
     def _read(self, path: Path, buffer: bytearray) -> None:
         name = os.path.realpath(path)

@@ -12,6 +12,7 @@ import torch
 
 from weightlift.loading.placement import HostPlacer
 from weightlift.loading.plan import Window
+from weightlift.loading.threads import start_thread
 
 WINDOWS_AHEAD: Final = 4096
 """Windows planned and not yet placed. A window in the queue holds no data, only references."""
@@ -47,10 +48,7 @@ class ReaderPool(abc.ABC):
         """Start threads that :meth:`work`."""
         try:
             for number in range(threads):
-                target, label = self.work, f"weightlift-{name}-{number}"
-                worker = threading.Thread(target=target, name=label, daemon=True)
-                worker.start()
-                self._workers.append(worker)
+                self._workers.append(start_thread(self.work, f"{name}-{number}"))
         except BaseException:
             self.close()
             raise

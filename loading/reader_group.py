@@ -21,6 +21,7 @@ from typing import Final
 from weightlift.loading.crew_spec import CrewSpec
 from weightlift.loading.errors import PlanAborted
 from weightlift.loading.ring import SharedRing
+from weightlift.loading.threads import start_thread
 from weightlift.loading.words import DONE, LEAST_PIPE_BYTES, READY
 from weightlift.loading.worker import Reader, command
 
@@ -143,7 +144,7 @@ class ReaderGroup:
             if not found.get(self._answers, 0) & select.POLLIN:
                 raise _gone("it closed its end")
             answers = os.read(self._answers, DONE.size * _ANSWERS)
-            waiting -= sum(told == answer for _, told in DONE.iter_unpack(answers))
+            waiting -= sum(told == answer for (told,) in DONE.iter_unpack(answers))
 
     def check(self) -> None:
         """See that no reader is gone.
@@ -214,18 +215,17 @@ class ReaderGroup:
         )
         for end in self._theirs:  # or nobody hears when a reader's own is closed
             end.close()
-        _close(self._done, self._listened)
-        self._theirs, self._done, self._listened = [], -1, -1
+        _close(
+            self._done
+        )  # not the other: to write to a pipe that nobody reads may end this process
+        self._theirs, self._done = [], -1
 
     def _thread(self) -> None:
         for number in range(self._spec.readers):
             memory, slots = self._ring.view, self._spec.slots
-            reader = Reader(number, self._listened, None, self._done, memory, slots)
+            reader = Reader(self._listened, None, self._done, memory, slots)
             reader.files = self.files
-            name = f"weightlift-reader-{number}"
-            thread = threading.Thread(target=reader.serve, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._threads.append(start_thread(reader.serve, f"reader-{number}"))
 
 
 def _close(*descriptors: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import logging
 
 import torch
 
@@ -13,6 +13,9 @@ from weightlift.loading.feeder import CrewReaders
 from weightlift.loading.placement import HOST_WINDOW_BYTES, window_bytes
 from weightlift.loading.reader import HostReaders, ReaderPool
 from weightlift.loading.settings import MIB, Settings
+from weightlift.loading.threads import start_thread
+
+logger = logging.getLogger("weightlift")
 
 FEWEST_SLOTS = 3
 """One that is read, one that the device fetches, and one to come."""
@@ -70,4 +73,7 @@ def warm_up(device: torch.device, settings: Settings) -> None:
         torch.cuda.set_device(index)
         crews.give(crews.take(crew_for(device, settings)))
 
-    threading.Thread(target=make, name="weightlift-warm-up", daemon=True).start()
+    try:
+        start_thread(make, "warm-up")
+    except OSError as error:  # the load may find room
+        logger.debug("weightlift: nothing is made ready before the load: %s", error)

@@ -23,7 +23,7 @@ from weightlift.loading.shared_plan import SharedPlan
 from weightlift.loading.transfer import Transfer, extent
 
 
-class Layout(NamedTuple):
+class MoveLayout(NamedTuple):
     """How a move's elements lie where they are not copied byte by byte; strides in elements."""
 
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class Move(NamedTuple):
     nbytes: int
     target: str
     place: int
-    layout: Layout | None
+    layout: MoveLayout | None
 
     @property
     def filled(self) -> int:
@@ -180,7 +180,7 @@ class Ledger:
         layout = None
         if not transfer.is_direct:
             strides = transfer.stride, transfer.target.dtype, transfer.target.stride()
-            layout = Layout(transfer.dtype, transfer.shape, *strides)
+            layout = MoveLayout(transfer.dtype, transfer.shape, *strides)
         move = Move(transfer.offset - entry.offset, transfer.nbytes, *found, layout)
         self._moves.setdefault(entry.name, []).append(move)
 

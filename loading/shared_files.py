@@ -21,6 +21,7 @@ from weightlift.loading.report import human
 from weightlift.loading.residency import is_in_memory
 from weightlift.loading.settings import Settings
 from weightlift.loading.shared_file import SharedFile
+from weightlift.loading.threads import start_thread
 
 logger = logging.getLogger("weightlift")
 
@@ -114,8 +115,8 @@ class SharedFiles:
                         self._add(path, identity, releases)
 
         try:
-            threading.Thread(target=work, name="weightlift-lock", daemon=True).start()
-        except RuntimeError as error:
+            start_thread(work, "lock")
+        except OSError as error:
             logger.warning("weightlift: nothing is kept page-locked: %s", error)
 
     def _add(self, path: str, identity: Identity, releases: int) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from weightlift.loading.budget import reader_count
-from weightlift.loading.checkpoint import INDEX_NAME, Checkpoint
+from weightlift.loading.checkpoint import INDICES, Checkpoint
 from weightlift.loading.control import Control, Staged
 from weightlift.loading.errors import WeightliftError
 from weightlift.loading.recording import Recording
 from weightlift.loading.report import LoadReport, human
 from weightlift.loading.settings import MIB, Settings
 from weightlift.loading.stage import Stage, make_stage
+from weightlift.loading.threads import start_thread
 from weightlift.loading.wanted import wanted_ranges
 
 logger = logging.getLogger("weightlift")
@@ -51,7 +51,6 @@ class Stager:
         self._control = Control.inherited()
         self._request = 0
         self._seen: dict[str, float] = {}
-        self._thread = threading.Thread(target=self._work, name="weightlift-stager", daemon=True)
 
     def start(self) -> None:
         """Begin to look for something to stage; what is there already does not count."""
@@ -60,7 +59,7 @@ class Stager:
             self._seen = {path: changed for path, changed in _checkpoints(watched)}
         if self._control is not None:
             self._control.answer(Staged(self._rank))
-        self._thread.start()
+        start_thread(self._work, "stager")
 
     def stage(self, path: str) -> Staged:
         """Read this rank's bytes of a checkpoint into memory."""
@@ -141,7 +140,7 @@ def _checkpoints(watched: str) -> list[tuple[str, float]]:
     except OSError:  # it may not be there yet
         return []
     for folder in folders:
-        files = [*Path(folder.path).glob("*.safetensors"), *Path(folder.path).glob(INDEX_NAME)]
+        files = [*Path(folder.path).glob("*.safetensors"), *Path(folder.path).glob(INDICES)]
         try:
             changed = max((file.stat().st_mtime for file in files), default=0.0)
         except OSError:  # removed as we look

@@ -25,14 +25,6 @@ def _cudart() -> Any:
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 
 
-def pinned(nbytes: int) -> torch.Tensor:
-    """Page-locked memory that starts on a page; pageable with a warning if it cannot be locked."""
-    tensor = page_aligned(nbytes)
-    tensor.zero_()
-    register(tensor)
-    return tensor
-
-
 def page_aligned(nbytes: int) -> torch.Tensor:
     """Memory that starts on a page, in huge pages where there are any and it fills one: flat uint8.
 

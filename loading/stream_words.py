@@ -14,7 +14,8 @@ _OPERATION = "I4xQQI4xQ8x"  # CUstreamBatchMemOpParams
 _WAIT_VALUE_32 = 1
 _AT_LEAST, _AFTER_ALL_BEFORE = 0, 0
 _STORES_IN_ORDER = ("x86_64", "AMD64")
-"""Machines on which who sees a word sees what its writer stored before. Readers have no fences."""
+"""Machines on which a device that sees a word sees what its writer stored before, for readers have no fences.
+Elsewhere a thread looks at the words, and system calls of both sides lie between the bytes and the copy."""
 
 
 class StreamWords:

@@ -35,8 +35,8 @@ CLOSE = 0xFFFFFFFF
 FILE = struct.Struct("=I")
 """The number of a file whose descriptor comes along. 0: go on, all memory is there or all have closed theirs."""
 
-DONE = struct.Struct("=II")
-"""Number of the reader and its answer."""
+DONE = struct.Struct("=I")
+"""The answer of a reader, to whom all give theirs."""
 
 READY, CLOSED = 1, 2
 """Answers: there it is, and it has no file open."""
@@ -48,7 +48,7 @@ numbered from the number of slots on, and window ``n`` is in slot ``n`` modulo t
 NEVER = 0x7FFFFFFF
 """In place of all numbers, once something failed: nobody is to wait any more."""
 
-LAYOUT = f"{JOB.format} {JOB_BYTES} {MOST_WINDOWS} {LINE}"
+LAYOUT = f"{JOB.format} {DONE.format} {JOB_BYTES} {MOST_WINDOWS} {LINE}"
 """What both sides must have the same of, though one may be of a version that was installed later."""
 
 

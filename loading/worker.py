@@ -38,7 +38,6 @@ class Reader:
     """One reader.
 
     Args:
-        number: Given in its answers.
         jobs: The reading end of the pipe for numbers of jobs, each for one of those who listen.
         own: Where descriptors come from; None for one whose ``files`` are kept by who asks.
         done: The writing end of the pipe for answers.
@@ -50,10 +49,9 @@ class Reader:
     """
 
     def __init__(
-        self, number: int, jobs: int, own: socket | None, done: int, memory: memoryview, slots: int
+        self, jobs: int, own: socket | None, done: int, memory: memoryview, slots: int
     ) -> None:
         self.files: dict[int, int] = {}
-        self._number = number
         self._jobs = jobs
         self._own = own
         self._done = done
@@ -142,7 +140,7 @@ class Reader:
         self.files.clear()
 
     def _answer(self, answer: int) -> None:
-        os.write(self._done, DONE.pack(self._number, answer))
+        os.write(self._done, DONE.pack(answer))
 
 
 def part_of(part: int, first: int, stop: int, end: int, most: int) -> tuple[int, int, int]:
@@ -176,7 +174,7 @@ def _fork(
     status = 1
     try:
         mine = socket(fileno=own[number])
-        Reader(number, jobs, mine, done, memory, slots).serve()
+        Reader(jobs, mine, done, memory, slots).serve()
         status = 0
     finally:
         os._exit(status)

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import torch
 from weightlift.loading.batch import batch_copy
 from weightlift.loading.crew import Crew
 from weightlift.loading.stream_words import StreamWords, stream_words
+from weightlift.loading.threads import start_thread
 from weightlift.loading.words import LINE
 from weightlift.loading.writer import CopyList, Issued, Writer
 
@@ -122,8 +122,7 @@ class ThreadWriter:
         self._failed = failed
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._go, name="weightlift-writer", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._go, "writer")
 
     def begin(self, ready: torch.Event | None) -> None:
         """Wait for it."""

@@ -52,6 +52,20 @@ def open_session(request: pytest.FixtureRequest) -> OpenSession:
     return open_session
 
 
+@pytest.fixture
+def one_thread_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where this user, or the container, has all threads but one that it may have."""
+    start, started = threading.Thread.start, list[threading.Thread]()
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+
+
 @pytest.fixture(scope="session")
 def wan_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two diffusion pipelines, and the second once more with a damaged text encoder."""

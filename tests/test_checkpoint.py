@@ -7,6 +7,8 @@ import json
 import os
 import random
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from weightlift.loading.checkpoint import Checkpoint, shard_paths
+from weightlift.loading import checkpoint
+from weightlift.loading.checkpoint import Checkpoint, open_shard, shard_paths
 from weightlift.loading.errors import CheckpointError, UnsupportedCheckpoint
 from weightlift.loading.uncollected import uncollected
 
@@ -42,12 +45,30 @@ def test_entries_tell_where_each_tensor_is(tmp_path: Path) -> None:
         assert checkpoint.nbytes == 3 * 4 * 4 + 5 * 8
 
 
-def test_a_directory_is_read_by_its_index(tmp_path: Path) -> None:
+def write_index(folder: Path, stem: str, **weight_map: str) -> None:
+    content = json.dumps({"weight_map": weight_map})
+    (folder / f"{stem}.safetensors.index.json").write_text(content)
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_a_directory_is_read_by_its_index(stem: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
-    index = {"weight_map": {"a": "one.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(tmp_path, stem, a="one.safetensors")
     assert shard_paths(tmp_path) == [tmp_path / "one.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("other", "found"), [("model", ["one"]), ("diffusion_pytorch_model.fp16", ["one", "two"])]
+)
+def test_of_several_indices_the_models_own_counts(
+    other: str, found: list[str], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    write_index(tmp_path, "consolidated", a="two.safetensors")
+    write_index(tmp_path, other, a="one.safetensors")
+    assert shard_paths(tmp_path) == [tmp_path / f"{name}.safetensors" for name in found]
 
 
 def test_a_directory_without_an_index_is_all_its_shards(tmp_path: Path) -> None:
@@ -153,9 +174,7 @@ def test_the_index_is_found_beside_links_to_blobs(tmp_path: Path) -> None:
     snapshot.mkdir()
     save_file({"a": torch.ones(1)}, blobs / "0123")
     (snapshot / "one.safetensors").symlink_to(blobs / "0123")
-    (snapshot / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"b": "one.safetensors"}})
-    )
+    write_index(snapshot, "model", b="one.safetensors")
     with pytest.raises(CheckpointError, match="'b'.*not in the file"):
         Checkpoint.open([snapshot / "one.safetensors"])
 
@@ -166,6 +185,32 @@ def test_a_missing_file_is_named_and_the_others_are_closed(tmp_path: Path) -> No
         Checkpoint.open([tmp_path / "there.safetensors", tmp_path / "gone.safetensors"])
 
 
+def test_no_file_stays_open_where_no_more_threads_can_be_started(
+    tmp_path: Path, one_thread_more: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write(tmp_path / f"{number}.safetensors", {"a": F32}) for number in range(3)]
+    is_refused = threading.Event()  # the first file is opened no sooner
+    submit = ThreadPoolExecutor.submit
+
+    def watch(*arguments: Any) -> Any:
+        try:
+            return submit(*arguments)
+        except RuntimeError:
+            is_refused.set()
+            raise
+
+    def open_late(path: str) -> Any:
+        assert is_refused.wait(20)
+        return open_shard(path)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", watch)
+    monkeypatch.setattr(checkpoint, "open_shard", open_late)
+    with pytest.raises(RuntimeError, match="can't start"):
+        Checkpoint.open(paths)
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert not {str(path) for path in paths}.intersection(links)
+
+
 def test_a_directory_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no safetensors file"):
         Checkpoint.from_path(tmp_path)
@@ -173,8 +218,7 @@ def test_a_directory_without_shards_is_refused(tmp_path: Path) -> None:
 
 def test_an_index_of_other_files_does_not_count(tmp_path: Path) -> None:
     consolidated = write(tmp_path / "consolidated.safetensors", {"a": F32})
-    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_index(tmp_path, "model", a="model-00001-of-00001.safetensors")
     with Checkpoint.open([consolidated]) as checkpoint:
         assert [entry.name for entry in checkpoint.entries()] == ["a"]
 
@@ -192,11 +236,14 @@ def test_a_child_that_is_forked_while_headers_are_parsed_collects_garbage() -> N
     assert gc.isenabled()
 
 
-def test_a_name_that_the_index_promises_must_be_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_what_the_index_promises_must_be_there(stem: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
-    index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="'b'.*not in the file"):
+    write_index(tmp_path, stem, a="one.safetensors", b="one.safetensors")
+    with pytest.raises(CheckpointError, match=f"'b'.*not in the file; {stem}"):
+        Checkpoint.open([tmp_path / "one.safetensors"])
+    write_index(tmp_path, stem, a="one.safetensors", b="two.safetensors")
+    with pytest.raises(CheckpointError, match=rf"two\.safetensors: it is missing; {stem}"):
         Checkpoint.open([tmp_path / "one.safetensors"])
 
 
@@ -204,7 +251,7 @@ def test_a_name_that_the_index_promises_must_be_there(tmp_path: Path) -> None:
     "content",
     ["{", "[]", '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": ".."}}',
      '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": "x\\u0000y"}}',
-     '{"weight_map": {"a": "x\\ud800y"}}'],
+     '{"weight_map": {"a": "x\\ud800y"}}', '{"weight_map": {}}'],
 )  # fmt: skip
 def test_an_index_that_lies_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)

@@ -325,7 +325,7 @@ def test_a_file_that_a_reader_never_needed_is_closed_too(tmp_path: Path) -> None
     jobs, numbers = os.pipe()
     answers, done = os.pipe()
     ours, theirs = socket.socketpair()
-    reader = WatchedReader(0, jobs, theirs, done, memory, 1)
+    reader = WatchedReader(jobs, theirs, done, memory, 1)
     ours.send(words.FILE.pack(0))
     file = os.open(tmp_path / "file", os.O_RDONLY)
     for number in range(1, 4):
@@ -647,9 +647,17 @@ def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None
         assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.fixture
+def broken_pipes_kill() -> Iterator[None]:
+    """As in programs that end in silence when what they write to does."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGPIPE, before)
+
+
 @pytest.mark.parametrize("killed", [1, READERS])
 def test_a_reader_that_is_killed_fails_at_most_the_load_that_is_on(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, killed: int
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, killed: int, broken_pipes_kill: None
 ) -> None:
     weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
     (path,) = save(weights)

@@ -46,6 +46,16 @@ def test_files_are_read_in_order(files: list[Path]) -> None:
     assert "weightlift-read-ahead" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_what_is_added_when_all_was_read_is_read_too(files: list[Path]) -> None:
+    with ReadAhead(lambda: False) as ahead:
+        for count, file in enumerate(files, 1):
+            ahead.add([file])
+            wait_for(ahead, count * SIZE)
+            while "weightlift-read-ahead" in {thread.name for thread in threading.enumerate()}:
+                time.sleep(0.001)
+    assert [cached(file) for file in files] == [SIZE, SIZE]
+
+
 def test_nothing_is_read_while_somebody_is_busy_and_the_end_does_not_wait(
     files: list[Path],
 ) -> None:

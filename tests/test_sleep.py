@@ -295,18 +295,31 @@ def test_blocks_hold_pieces_apart(device: torch.device) -> None:
     assert blocks.release() == blocks.nbytes
 
 
-def test_blocks_that_are_dropped_are_unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered: set[int] = set()
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Addresses of blocks that are page-locked for a device, of which none is needed."""
+    found: set[int] = set()
 
     def register(block: torch.Tensor) -> bool:
-        registered.add(block.data_ptr())
+        found.add(block.data_ptr())
         return True
 
     monkeypatch.setattr(host_blocks, "register", register)
-    monkeypatch.setattr(
-        host_blocks, "unregister", lambda block: registered.remove(block.data_ptr())
-    )
+    monkeypatch.setattr(host_blocks, "unregister", lambda block: found.remove(block.data_ptr()))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return found
+
+
+def test_no_block_stays_locked_where_no_more_threads_can_be_started(
+    registered: set[int], one_thread_more: None
+) -> None:
+    blocks = HostBlocks([BLOCK_BYTES] * 4, torch.device("cuda", 0), 4)
+    with pytest.raises(OSError, match="no thread can be started"):
+        next(blocks.pieces())
+    assert not registered
+
+
+def test_blocks_that_are_dropped_are_unregistered(registered: set[int]) -> None:
     blocks = HostBlocks([1000, BLOCK_BYTES], torch.device("cuda", 0), 2)
     pieces = list(blocks.pieces())
     assert len(registered) == 2

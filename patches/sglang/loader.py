@@ -25,6 +25,7 @@ from weightlift.loading.report import LoadReport
 from weightlift.loading.settings import Settings
 from weightlift.loading.stager import start_stager
 from weightlift.loading.transaction import Transaction, active_transaction
+from weightlift.patches.planned import report_of
 from weightlift.patches.sglang import weights as weights_module
 from weightlift.patches.sglang.architectures import unknown_to_fast_load
 from weightlift.patches.sglang.history import has_others, history_of, known_recordings
@@ -173,15 +174,8 @@ def _with_engine_config(settings: Settings, loader: Any) -> Settings:
 
 def _report(model: torch.nn.Module, weights: Any) -> LoadReport:
     is_known = isinstance(weights, RestartableWeights)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return LoadReport(
-        engine="sglang",
-        version=context_of("sglang").engine.version,
-        phase=weights.phase if is_known else "",
-        model_path=weights.model_path if is_known else "",
-        rank=torch.distributed.get_rank() if distributed else 0,
-        architecture=type(model).__name__,
-    )
+    path, phase = (weights.model_path, weights.phase) if is_known else ("", "")
+    return report_of("sglang", path, phase, type(model).__name__)
 
 
 PATCHES: tuple[Patch, ...] = (

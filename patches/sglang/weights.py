@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from weightlift.compat.patch import Patch
 from weightlift.loading.errors import PlanAborted
-from weightlift.loading.session import active_session
+from weightlift.loading.session import NamedWeights, active_session
 from weightlift.loading.transaction import active_transaction
 from weightlift.patches import SGLANG
 
@@ -28,8 +28,6 @@ FAST_LOAD = "enable_fast_load"
 _FAST = "_weightlift_fast_load"
 _COMMON_KEYS = {"enable_multithread_load", "num_threads", FAST_LOAD}
 """What every loader of files takes. Others are for one load format alone."""
-
-NamedWeights = Iterator[tuple[str, torch.Tensor]]
 
 
 @dataclass

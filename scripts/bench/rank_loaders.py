@@ -24,7 +24,7 @@ from weightlift.loading.recording import Recording
 from weightlift.loading.report import LoadReport
 from weightlift.loading.session import LoadSession
 from weightlift.loading.settings import Settings
-from weightlift.loading.staging import pinned
+from weightlift.loading.staging import page_aligned, register
 
 
 @dataclasses.dataclass
@@ -159,9 +159,15 @@ def fastsafetensors(load: Load) -> Load:
     return load
 
 
+def _pinned(nbytes: int) -> torch.Tensor:
+    memory = page_aligned(nbytes).zero_()
+    register(memory)
+    return memory
+
+
 def pinned_copies(load: Load) -> Load:
     """The floor: each rank's share of the bytes from pinned memory, all GPUs at once."""
-    source, load.fills = pinned(512 << 20), False
+    source, load.fills = _pinned(512 << 20), False
     target = torch.empty_like(source, device=load.device)
     share = load.nbytes // load.size
 
@@ -177,7 +183,7 @@ def pinned_copies(load: Load) -> Load:
 def page_cache_reads(load: Load) -> Load:
     """Each rank's share of the files into pinned memory, 12 threads of 8 MiB."""
     threads, chunk = 12, 8 << 20
-    slots = [pinned(chunk) for _ in range(threads)]
+    slots = [_pinned(chunk) for _ in range(threads)]
     load.fills = False
     jobs = [
         (file, offset)
