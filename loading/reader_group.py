@@ -185,7 +185,6 @@ class ReaderGroup:
         self._listened, self._jobs = os.pipe()
         self._poller = select.poll()
         self._poller.register(self._answers, select.POLLIN)
-        self._poller.register(self._jobs, 0)  # tells of its end alone
         if fcntl.fcntl(self._jobs, fcntl.F_GETPIPE_SZ) < LEAST_PIPE_BYTES:
             raise OSError(errno.EMFILE, "this user has too many pipes for one of two pages")
 
@@ -215,9 +214,7 @@ class ReaderGroup:
         )
         for end in self._theirs:  # or nobody hears when a reader's own is closed
             end.close()
-        _close(
-            self._done
-        )  # not the other: to write to a pipe that nobody reads may end this process
+        _close(self._done)  # nobody at the other end of the jobs would be a SIGPIPE
         self._theirs, self._done = [], -1
 
     def _thread(self) -> None:

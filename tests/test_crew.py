@@ -289,6 +289,35 @@ def test_nobody_waits_for_a_reader_that_was_killed(tmp_path: Path) -> None:
     crew.release()
 
 
+@pytest.fixture
+def broken_pipes_kill() -> Iterator[None]:
+    """As in programs that end in silence when what they write to does."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGPIPE, before)
+
+
+def test_to_ask_readers_that_were_killed_does_not_end_this_process(
+    tmp_path: Path, broken_pipes_kill: None
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    crew = Crew(SPEC)
+    crew.start()
+    file, way = ways(path)
+    window, parts, _ = crew.ask(way, way, 0, mmap.PAGESIZE)
+    wait_until_read(crew, window, parts)
+    for reader in family(supervisor(crew)):
+        os.kill(reader, signal.SIGKILL)
+    assert crew.readers.process is not None
+    crew.readers.process.wait(30)
+    crew.ask(way, way, 0, mmap.PAGESIZE)
+    with pytest.raises(PlanAborted, match="a reader process died"):
+        crew.readers.check()
+    crew.release()
+    file.close()
+
+
 def test_the_same_processes_serve_the_next_load_and_have_no_file_open(
     save: Any, own: Crews
 ) -> None:
@@ -647,17 +676,9 @@ def test_readers_end_with_the_process_that_they_read_for(tmp_path: Path) -> None
         assert not Path(f"/proc/{pid}").exists()
 
 
-@pytest.fixture
-def broken_pipes_kill() -> Iterator[None]:
-    """As in programs that end in silence when what they write to does."""
-    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGPIPE, before)
-
-
 @pytest.mark.parametrize("killed", [1, READERS])
 def test_a_reader_that_is_killed_fails_at_most_the_load_that_is_on(
-    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, killed: int, broken_pipes_kill: None
+    save: Any, own: Crews, monkeypatch: pytest.MonkeyPatch, killed: int
 ) -> None:
     weights = {f"w{number}": torch.randn(500, 1000) for number in range(20)}
     (path,) = save(weights)
