@@ -34,8 +34,7 @@ PATCHES: tuple[Patch, ...] = (
         wrapper=_engine_init,
         parameters=("kwargs",),
         why="`Engine` hands its keywords to `ServerArgs`, which refuses names that it does not know.",
-        how="Takes `enable_multithread_load`, `disable_multithread_load` and `num_load_threads` "
-        "out and keeps them as the command line's.",
+        how="Takes keywords that are named as flags of ours out, and keeps them as the command line's.",
         upstream="No plugin interface for flags.",
         drop_when="Plugins may declare flags.",
     ),
