@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Control:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._asking = threading.Lock()  # several requests may come at once
 
     @classmethod
     def make(cls) -> Control:
@@ -68,8 +70,9 @@ class Control:
 
     def ask_to_stage(self, path: str) -> int:
         """Have every rank stage a checkpoint; the number of this request."""
-        number = (self.request() or (0, ""))[0] + 1
-        self._write("request", {"number": number, "path": path})
+        with self._asking:
+            number = (self.request() or (0, ""))[0] + 1
+            self._write("request", {"number": number, "path": path})
         return number
 
     def request(self) -> tuple[int, str] | None:

@@ -103,6 +103,7 @@ class Sleeper:
 
         Raises:
             WeightliftError: The host has not that much memory; nothing was moved.
+            OSError: No thread can be started to make it ready; nothing was moved.
         """
         started = time.perf_counter()
         storages = [] if self._asleep else storages_of(models, self._device_type)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,13 @@ def test_control_keeps_each_models_word(tmp_path: Path) -> None:
     assert control.broken() == "half of it"
     control.mark_whole(1)
     assert not control.broken()
+
+
+def test_requests_that_come_at_once_have_numbers_of_their_own(tmp_path: Path) -> None:
+    control = Control(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(control.ask_to_stage, map(str, range(200))))
+    assert sorted(numbers) == list(range(1, 201))
 
 
 def test_who_asked_hears_that_another_checkpoint_was_staged_instead(tmp_path: Path) -> None:
