@@ -69,7 +69,12 @@ class Crews:
                 return
             self._idle = threading.Timer(IDLE_SECONDS, self.stop)
             self._idle.name, self._idle.daemon = "weightlift-idle", True
-            self._idle.start()
+            try:
+                self._idle.start()
+            except (
+                RuntimeError
+            ):  # there are too many threads, and nobody would end the readers later
+                crew.stop()
 
     def stop(self) -> None:
         """End the readers of the crew that is kept; its memory stays."""

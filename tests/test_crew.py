@@ -491,6 +491,15 @@ def test_a_crew_that_was_taken_is_given_back_where_no_thread_can_be_started(
     fill(path, weights)
 
 
+def test_readers_that_nobody_could_end_later_end_at_once(
+    waiting: Any, own: Crews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, weights, kept = waiting
+    monkeypatch.setattr(threading.Timer, "start", no_thread)
+    fill(path, weights)
+    assert not kept.is_started and own._kept is kept
+
+
 @pytest.mark.parametrize("nbytes", [3 * mmap.PAGESIZE, 2 * pages.HUGE_PAGE + mmap.PAGESIZE])
 @pytest.mark.parametrize("how", ["madvise", "no huge pages", "memset", "no threads"])
 def test_all_pages_of_the_memory_are_there_before_it_is_used(
