@@ -122,7 +122,7 @@ class Checkpoint:
         self.close()
 
     def _check_index(self) -> None:
-        """Every file that an index beside these shards names must exist, with its tensors."""
+        """These shards and the indices beside them must belong together."""
         opened = {os.path.realpath(shard.file.path): shard for shard in self.shards}
         for folder in {os.path.dirname(shard.file.path) for shard in self.shards}:
             for index in Path(folder).glob(INDICES):
@@ -130,7 +130,9 @@ class Checkpoint:
 
 
 def _compare(index: Path, opened: Mapping[str, Shard]) -> None:
-    """See that the files that an index names exist, and that those opened have what it places there.
+    """See that the files that an index names exist and, if it is the model's own, have what it places there.
+
+    Only that one is asked for names by an engine (SGLang from 0.5.17 on). Stale ones in others do no harm.
 
     Args:
         index: One of other files, as of consolidated ones, does not count.
@@ -151,6 +153,8 @@ def _compare(index: Path, opened: Mapping[str, Shard]) -> None:
     for path in paths.values():
         if not path.exists():
             raise CheckpointError(str(path), f"it is missing; {two}")
+    if index.name != _MODEL_INDEX:
+        return
     for name, file in weight_map.items():
         shard = shards[file]
         if shard and name not in shard.tensors:

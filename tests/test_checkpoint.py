@@ -237,13 +237,19 @@ def test_a_child_that_is_forked_while_headers_are_parsed_collects_garbage() -> N
 
 
 @pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
-def test_what_the_index_promises_must_be_there(stem: str, tmp_path: Path) -> None:
+def test_a_file_that_an_index_promises_must_be_there(stem: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
-    write_index(tmp_path, stem, a="one.safetensors", b="one.safetensors")
-    with pytest.raises(CheckpointError, match=f"'b'.*not in the file; {stem}"):
-        Checkpoint.open([tmp_path / "one.safetensors"])
     write_index(tmp_path, stem, a="one.safetensors", b="two.safetensors")
     with pytest.raises(CheckpointError, match=rf"two\.safetensors: it is missing; {stem}"):
+        Checkpoint.open([tmp_path / "one.safetensors"])
+
+
+def test_a_name_that_the_models_index_promises_must_be_there(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
+    write_index(tmp_path, "diffusion_pytorch_model", a="one.safetensors", b="one.safetensors")
+    Checkpoint.open([tmp_path / "one.safetensors"]).close()
+    write_index(tmp_path, "model", a="one.safetensors", b="one.safetensors")
+    with pytest.raises(CheckpointError, match="'b'.*not in the file; model"):
         Checkpoint.open([tmp_path / "one.safetensors"])
 
 
