@@ -71,9 +71,7 @@ class Crews:
             self._idle.name, self._idle.daemon = "weightlift-idle", True
             try:
                 self._idle.start()
-            except (
-                RuntimeError
-            ):  # there are too many threads, and nobody would end the readers later
+            except RuntimeError:  # too many threads: nobody would end the readers later
                 crew.stop()
 
     def stop(self) -> None:

@@ -42,16 +42,19 @@ class ReadAhead:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._is_at_work = False
 
     def add(self, files: Iterable[Path]) -> None:
         """Read these after what was added before. Those that cannot be read are passed over."""
         with self._lock:
             self._files.extend(files)
-            if self._thread is None and self._files:
-                try:
-                    self._thread = start_thread(self._work, "read-ahead")
-                except OSError as error:
-                    logger.debug("weightlift: nothing is read ahead: %s", error)
+            if self._is_at_work or not self._files:
+                return
+            try:
+                self._thread = start_thread(self._work, "read-ahead")
+                self._is_at_work = True
+            except OSError as error:
+                logger.debug("weightlift: nothing is read ahead: %s", error)
 
     def drop(self, files: Iterable[str]) -> None:
         """Read no more of these: somebody else does now."""
@@ -60,9 +63,8 @@ class ReadAhead:
     def end(self) -> None:
         """Read no more; returns when the thread has ended."""
         self._ended.set()
-        thread = self._thread
-        if thread is not None:
-            thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -86,7 +88,7 @@ class ReadAhead:
         with self._lock:
             if self._files and not self._ended.is_set():
                 return self._files.popleft()
-            self._thread = None
+            self._is_at_work = False
             return None
 
     def _read(self, path: Path, buffer: bytearray) -> None:
