@@ -14,8 +14,10 @@ from weightlift.loading.files import ShardFile
 from weightlift.loading.header import TensorEntry, read_entries
 from weightlift.loading.uncollected import uncollected
 
-INDICES = "*.safetensors.index.json"
-_MODEL_INDEX = "model.safetensors.index.json"
+MODEL_INDEX = "model.safetensors.index.json"
+INDEX_NAMES = (MODEL_INDEX, "diffusion_pytorch_model.safetensors.index.json")
+"""Those that engines go by. Others may lie beside them, of another form of the model or out of date."""
+
 _OPEN_THREADS = 8
 
 
@@ -125,14 +127,15 @@ class Checkpoint:
         """These shards and the indices beside them must belong together."""
         opened = {os.path.realpath(shard.file.path): shard for shard in self.shards}
         for folder in {os.path.dirname(shard.file.path) for shard in self.shards}:
-            for index in Path(folder).glob(INDICES):
-                _compare(index, opened)
+            for index in (Path(folder, name) for name in INDEX_NAMES):
+                if index.is_file():
+                    _compare(index, opened)
 
 
 def _compare(index: Path, opened: Mapping[str, Shard]) -> None:
-    """See that the files that an index names exist and, if it is the model's own, have what it places there.
+    """See that the files that an index names exist and, but in diffusers' folders, have what it places there.
 
-    Only that one is asked for names by an engine (SGLang from 0.5.17 on). Stale ones in others do no harm.
+    Of those, engines take whatever the files hold: stale names do no harm.
 
     Args:
         index: One of other files, as of consolidated ones, does not count.
@@ -153,7 +156,7 @@ def _compare(index: Path, opened: Mapping[str, Shard]) -> None:
     for path in paths.values():
         if not path.exists():
             raise CheckpointError(str(path), f"it is missing; {two}")
-    if index.name != _MODEL_INDEX:
+    if index.name != MODEL_INDEX:
         return
     for name, file in weight_map.items():
         shard = shards[file]
@@ -165,11 +168,13 @@ def shard_paths(path: Path) -> list[Path]:
     """The safetensors files of a directory, by its index if it has one; or the file itself."""
     if path.is_file():
         return [path]
-    indices = list(path.glob(INDICES))
-    if len(indices) > 1:  # models that come in two forms have an index for each
-        indices = [index for index in indices if index.name == _MODEL_INDEX]
-    if indices:
-        return [path / name for name in sorted(set(_weight_map(indices[0]).values()))]
+    for index in (path / name for name in INDEX_NAMES):
+        if index.is_file():
+            files = [path / name for name in sorted(set(_weight_map(index).values()))]
+            if any(file.exists() for file in files):
+                return files
+            if index.name == MODEL_INDEX:
+                raise CheckpointError(str(index), "none of the files that it names is here")
     found = sorted(path.glob("*.safetensors"))
     if not found:
         remedy = "Name a directory that holds *.safetensors, or one such file."
@@ -200,8 +205,6 @@ def _weight_map(index: Path) -> dict[str, str]:
             os.fsencode(file)
             if os.path.basename(file) != file or file in ("", "..") or "\0" in file:
                 raise ValueError(f"it names {file!r}, which is no file of its folder")
-        if not weight_map:
-            raise ValueError("it names no files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(str(index), f"not a checkpoint index ({error!r})") from error
     return dict(weight_map)

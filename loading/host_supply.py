@@ -45,6 +45,7 @@ class HostSupply:
         self._given: collections.Counter[int] = collections.Counter()
         self._ready: dict[int, collections.deque[Future[torch.Tensor]]] = {}
         self._blocks: list[torch.Tensor] = []
+        self._locked: dict[int, torch.Tensor] = {}  # by address, until somebody takes them
         self._pool = ThreadPoolExecutor(threads, "weightlift-pin")
 
     def take(self, nbytes: int) -> torch.Tensor:
@@ -57,6 +58,7 @@ class HostSupply:
         if not ready:
             ready.append(self._make(nbytes))
         block = ready.popleft().result()
+        self._locked.pop(block.data_ptr(), None)
         self._blocks.append(block)
         self._given[nbytes] += 1
         given = self._given[nbytes]
@@ -75,9 +77,8 @@ class HostSupply:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
-        left = [future for ready in self._ready.values() for future in ready]
-        made = [future for future in left if not (future.cancelled() or future.exception())]
-        unlock(self._device, [future.result() for future in made])
+        unlock(self._device, list(self._locked.values()))
+        self._locked.clear()
         self._ready.clear()
 
     def _make(self, nbytes: int) -> Future[torch.Tensor]:
@@ -96,6 +97,7 @@ class HostSupply:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
             lock(block)
+            self._locked[block.data_ptr()] = block
         return block
 
 

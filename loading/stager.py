@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from weightlift.loading.budget import reader_count
-from weightlift.loading.checkpoint import INDICES, Checkpoint
+from weightlift.loading.checkpoint import INDEX_NAMES, Checkpoint
 from weightlift.loading.control import Control, Staged
 from weightlift.loading.errors import WeightliftError
 from weightlift.loading.recording import Recording
@@ -140,7 +140,8 @@ def _checkpoints(watched: str) -> list[tuple[str, float]]:
     except OSError:  # it may not be there yet
         return []
     for folder in folders:
-        files = [*Path(folder.path).glob("*.safetensors"), *Path(folder.path).glob(INDICES)]
+        names = ("*.safetensors", *INDEX_NAMES)
+        files = [file for name in names for file in Path(folder.path).glob(name)]
         try:
             changed = max((file.stat().st_mtime for file in files), default=0.0)
         except OSError:  # removed as we look

@@ -58,17 +58,42 @@ def test_a_directory_is_read_by_its_index(stem: str, tmp_path: Path) -> None:
     assert shard_paths(tmp_path) == [tmp_path / "one.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("other", "found"), [("model", ["one"]), ("diffusion_pytorch_model.fp16", ["one", "two"])]
-)
-def test_of_several_indices_the_models_own_counts(
-    other: str, found: list[str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("stem", ["consolidated", "diffusion_pytorch_model.fp16", "._model"])
+def test_an_index_that_no_engine_goes_by_does_not_count(stem: str, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "model.safetensors.index.json").symlink_to(tmp_path / "gone")
+    write_index(tmp_path, stem, one="two.safetensors", three="three.safetensors")
+    with Checkpoint.from_path(tmp_path) as found:
+        assert [entry.name for entry in found.entries()] == ["one", "two"]
+    (tmp_path / f"{stem}.safetensors.index.json").write_text("version https://git-lfs")
+    Checkpoint.from_path(tmp_path).close()
+
+
+def test_of_two_indices_the_models_own_counts(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    write_index(tmp_path, "consolidated", a="two.safetensors")
-    write_index(tmp_path, other, a="one.safetensors")
-    assert shard_paths(tmp_path) == [tmp_path / f"{name}.safetensors" for name in found]
+    write_index(tmp_path, "diffusion_pytorch_model", a="two.safetensors")
+    write_index(tmp_path, "model", a="one.safetensors")
+    assert shard_paths(tmp_path) == [tmp_path / "one.safetensors"]
+
+
+def test_a_diffusers_index_of_files_that_are_gone_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+    write_index(tmp_path, "diffusion_pytorch_model", a="gone.safetensors")
+    assert shard_paths(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"a": "gone.safetensors"}])
+def test_an_index_none_of_whose_files_is_here_is_named(
+    weight_map: dict[str, str], tmp_path: Path
+) -> None:
+    write_index(tmp_path, "model", **weight_map)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors\.index\.json: none of the files"
+    ):
+        shard_paths(tmp_path)
 
 
 def test_a_directory_without_an_index_is_all_its_shards(tmp_path: Path) -> None:
@@ -257,7 +282,7 @@ def test_a_name_that_the_models_index_promises_must_be_there(tmp_path: Path) -> 
     "content",
     ["{", "[]", '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": {"a": ".."}}',
      '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": "x\\u0000y"}}',
-     '{"weight_map": {"a": "x\\ud800y"}}', '{"weight_map": {}}'],
+     '{"weight_map": {"a": "x\\ud800y"}}'],
 )  # fmt: skip
 def test_an_index_that_lies_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)

@@ -51,8 +51,9 @@ def test_what_is_added_when_all_was_read_is_read_too(files: list[Path]) -> None:
         for count, file in enumerate(files, 1):
             ahead.add([file])
             wait_for(ahead, count * SIZE)
-            while "weightlift-read-ahead" in {thread.name for thread in threading.enumerate()}:
-                time.sleep(0.001)
+            assert ahead._thread is not None
+            ahead._thread.join(20)
+            assert not ahead._thread.is_alive()
     assert [cached(file) for file in files] == [SIZE, SIZE]
 
 

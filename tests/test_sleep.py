@@ -16,6 +16,7 @@ from weightlift.loading import host_blocks, sleep
 from weightlift.loading.digests import CHUNK_BYTES, Digests, changed
 from weightlift.loading.errors import WeightliftError
 from weightlift.loading.host_blocks import BLOCK_BYTES, HostBlocks
+from weightlift.loading.host_supply import PART_BYTES, HostSupply
 from weightlift.loading.sleep import Sleeper
 from weightlift.loading.storages import storages_of
 
@@ -316,6 +317,15 @@ def test_no_block_stays_locked_where_no_more_threads_can_be_started(
     blocks = HostBlocks([BLOCK_BYTES] * 4, torch.device("cuda", 0), 4)
     with pytest.raises(OSError, match="no thread can be started"):
         next(blocks.pieces())
+    assert not registered
+
+
+def test_no_piece_of_a_supply_stays_locked_where_no_more_threads_can_be_started(
+    registered: set[int], one_thread_more: None
+) -> None:
+    with HostSupply(torch.device("cuda", 0), 3, most=2) as supply:
+        with pytest.raises(OSError, match="no thread can be started"):
+            supply.take(PART_BYTES)
     assert not registered
 
 

@@ -1,4 +1,4 @@
-"""Load model weights at the speed of the hardware in SGLang.
+"""Load model weights at the speed of the hardware in SGLang and vLLM.
 
 Importing this package imports neither torch nor an engine: the start-up hook goes through here.
 """
