@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import time
 from itertools import pairwise
 
 import pytest
@@ -326,6 +327,10 @@ def test_no_piece_of_a_supply_stays_locked_where_no_more_threads_can_be_started(
     with HostSupply(torch.device("cuda", 0), 3, most=2) as supply:
         with pytest.raises(OSError, match="no thread can be started"):
             supply.take(PART_BYTES)
+        until = time.monotonic() + 20
+        while not registered:  # by the one thread, to which it was given all the same
+            assert time.monotonic() < until
+            time.sleep(0.001)
     assert not registered
 
 
