@@ -61,7 +61,7 @@ class HostBlocks:
         """The pieces in order, flat uint8; each as soon as its block can be used.
 
         Raises:
-            OSError: The host has no such memory; blocks of which no piece was given are free.
+            OSError: The host has no such memory, or no thread can be started; blocks of which no piece was given are free.
         """
         made: dict[int, torch.Tensor] = {}
 
